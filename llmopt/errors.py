@@ -1,0 +1,80 @@
+"""Typed errors: one class per cause, each with a documented exit code (docs/exit-codes.md)."""
+
+from __future__ import annotations
+
+
+class LlmoptError(Exception):
+    """Base of every error llmopt raises on purpose.
+
+    ``what`` says what is wrong, ``where`` names the layer, tensor, file or line, ``hint`` what to do.
+    The message is one line; the CLI prints it and exits with ``exit_code``.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
+        message = f"{where}: {what}" if where else what
+        if hint:
+            message += f" ({hint})"
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(LlmoptError):
+    """A recipe, flag or configuration file is wrong (unknown key, bad value, unknown pass)."""
+
+    exit_code = 3
+
+
+class CheckpointError(LlmoptError):
+    """A checkpoint is unreadable, truncated, inconsistent with its config, or unsafe."""
+
+    exit_code = 4
+
+
+class UnsupportedModelError(LlmoptError):
+    """The frontend cannot capture a module of this model; the message names it."""
+
+    exit_code = 5
+
+
+class PassError(LlmoptError):
+    """A pass's ``requires`` does not hold, its result does not verify, or ``expect`` was missed."""
+
+    exit_code = 6
+
+
+class DriftError(PassError):
+    """``--check-passes`` found a pass that changes the numerics."""
+
+    exit_code = 7
+
+
+class TargetError(LlmoptError):
+    """A target is unknown or cannot emit a call of the program; the message names it."""
+
+    exit_code = 8
+
+
+class ArtifactError(LlmoptError):
+    """An artifact is damaged, of another format version, or points outside its directory."""
+
+    exit_code = 9
+
+
+class ResourceError(LlmoptError):
+    """The machine lacks something: disk space, memory, a free port, a library."""
+
+    exit_code = 10
+
+
+class RequestError(LlmoptError):
+    """A generation request is invalid: empty, too long, not UTF-8, bad parameter."""
+
+    exit_code = 11
+
+
+class ExecutorError(LlmoptError):
+    """The executor failed or its golden-token gate did; the engine is dead."""
+
+    exit_code = 12

@@ -1,0 +1,88 @@
+"""Module: the unit passes rewrite: fx functions, weights, symbolic dims and states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt.ir.weights import Weight, WeightTable
+from llmopt.program import StateGroup
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the compiler needs of config.json and generation_config.json (``raw`` keeps the rest)."""
+
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Module:
+    """fx functions over shared weights.
+
+    A function's placeholders are its inputs. A ``get_attr`` node is a weight: its target is the name in
+    ``weights`` and its value a fake tensor. ``dims`` maps a dim name to (min, max), and ``symbols`` the
+    ShapeEnv's symbol to the dim name. ``states`` is empty until rewrite_kv_cache; ``state_outputs`` maps a
+    function's state placeholder to the index of its final version among the outputs.
+    """
+
+    functions: dict[str, fx.GraphModule]
+    weights: WeightTable
+    dims: dict[str, tuple[int, int]]
+    symbols: dict[str, str]
+    config: ModelConfig
+    states: list[StateGroup] = field(default_factory=list)
+    state_outputs: dict[str, int] = field(default_factory=dict)
+    rope_switch: int | None = None
+
+    @property
+    def fake_mode(self) -> Any:
+        """The fake-tensor mode every ``meta["val"]`` of the module belongs to."""
+        graph = next(iter(self.functions.values())).graph
+        return next(n.meta["val"].fake_mode for n in graph.nodes if n.op == "placeholder")
+
+    def fake(self, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A fake tensor of the module's mode."""
+        with self.fake_mode:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+    def weight_node(self, function: fx.GraphModule, name: str, weight: Weight | None = None) -> fx.Node:
+        """The get_attr node of a weight in a function, created at its start if missing.
+
+        ``weight`` registers a new entry of the table; without it the name must exist (KeyError).
+        """
+        if weight is not None:
+            self.weights[name] = weight
+        for node in function.graph.find_nodes(op="get_attr", target=name):
+            return node  # type: ignore[no-any-return]
+        entry = self.weights[name]
+        value = self.fake(entry.shape, entry.dtype)
+        attach(function, name, value)
+        first = next(iter(function.graph.nodes))
+        with function.graph.inserting_before(first):
+            node = function.graph.get_attr(name)
+        node.meta["val"] = value
+        return node
+
+    def prune_weights(self) -> None:
+        """Forget weights that no function reads."""
+        used = {n.target for f in self.functions.values() for n in f.graph.nodes if n.op == "get_attr"}
+        for name in set(self.weights) - used:
+            del self.weights[name]
+
+
+def attach(root: torch.nn.Module, name: str, value: Any) -> None:
+    """Set a dotted attribute, creating the containers on the way."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, torch.nn.Module())
+        root = getattr(root, part)
+    setattr(root, leaf, value)

@@ -1,0 +1,127 @@
+"""The weight table: lazy tensors by name, composed of transforms, read in row chunks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmopt.program import WeightPart
+
+
+class Weight(ABC):
+    """A tensor that is not in memory: shape, dtype, and rows of axis 0 on demand."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of axis 0. Raises CheckpointError naming the tensor and file."""
+
+    def parts(self) -> tuple[WeightPart, ...]:
+        """The checkpoint tensors this weight is made of, by rows (empty: not row-wise)."""
+        return ()
+
+    @property
+    def rows(self) -> int:
+        """Length of axis 0 (1 for a scalar)."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when materialized."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def tensor(self) -> Tensor:
+        """The whole tensor."""
+        return self.read(0, self.rows)
+
+    def chunks(self, max_bytes: int) -> Iterator[Tensor]:
+        """Rows in order, each chunk at most ``max_bytes`` (at least one row)."""
+        step = max(1, max_bytes // max(1, self.nbytes // max(1, self.rows)))
+        for start in range(0, self.rows, step):
+            yield self.read(start, min(self.rows, start + step))
+
+
+@dataclass(frozen=True)
+class Constant(Weight):
+    """A small tensor in memory: a buffer computed when the model was constructed (inverse frequencies)."""
+
+    value: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.value.shape))
+        object.__setattr__(self, "dtype", self.value.dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.value[start:stop] if self.shape else self.value
+
+
+@dataclass(frozen=True)
+class Cast(Weight):
+    """Another weight in a different dtype."""
+
+    source: Weight
+    to: torch.dtype
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.source.shape)
+        object.__setattr__(self, "dtype", self.to)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.source.read(start, stop).to(self.to)
+
+    def parts(self) -> tuple[WeightPart, ...]:
+        return self.source.parts()
+
+
+@dataclass(frozen=True)
+class Transposed(Weight):
+    """A weight with its last two axes swapped (Conv1D, gpt-oss experts)."""
+
+    source: Weight
+
+    def __post_init__(self) -> None:
+        *head, a, b = self.source.shape
+        object.__setattr__(self, "shape", (*head, b, a))
+        object.__setattr__(self, "dtype", self.source.dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        if len(self.shape) == 2:
+            return self.source.tensor().t()[start:stop].contiguous()
+        return self.source.read(start, stop).transpose(-1, -2).contiguous()
+
+
+@dataclass(frozen=True)
+class Concat(Weight):
+    """Weights stacked along axis 0 (fused qkv, gate_up)."""
+
+    sources: tuple[Weight, ...]
+
+    def __post_init__(self) -> None:
+        rows = sum(w.shape[0] for w in self.sources)
+        object.__setattr__(self, "shape", (rows, *self.sources[0].shape[1:]))
+        object.__setattr__(self, "dtype", self.sources[0].dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        pieces, offset = [], 0
+        for source in self.sources:
+            lo, hi = max(start - offset, 0), min(stop - offset, source.shape[0])
+            if lo < hi:
+                pieces.append(source.read(lo, hi))
+            offset += source.shape[0]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def parts(self) -> tuple[WeightPart, ...]:
+        found, offset = [], 0
+        for source in self.sources:
+            found += [WeightPart(p.name, p.start + offset, p.rows) for p in source.parts()]
+            offset += source.shape[0]
+        return tuple(found)
+
+
+WeightTable = dict[str, Weight]

@@ -1,0 +1,1 @@
+"""The torch-free, compiler-free runtime: executors, engine, sampler, tokenizer, chat."""

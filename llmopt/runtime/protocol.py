@@ -1,0 +1,148 @@
+"""The typed step protocol between engine and executor (numpy only)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.program import StatePlan
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a sequence's next tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off.
+
+    Penalties follow OpenAI (presence, frequency: output tokens) and CTRL (repetition: prompt and output).
+    ``seed`` makes draws reproducible: token at position p uses Philox(key=seed, counter=p).
+    ``logprobs``: None, or how many alternatives to report beside the chosen token (0 = chosen only).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A sequence the executor hears of for the first time: its prompt (and, after preemption, output so far)."""
+
+    seq_id: int
+    prompt: IntArray
+    sampling: SamplingParams
+    output: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class SeqStep:
+    """One sequence's part of a step.
+
+    ``tokens``: (query_len,) ids, or None for one row whose id is the sequence's last sampled token.
+    ``start``: position of the first row = tokens of the sequence already in the state.
+    ``blocks``: block ids by state group, in position order, covering ``start + query_len`` tokens.
+    ``logits``: rows whose logits the caller wants back: ``none``, ``last`` or ``all``.
+    ``sample``: draw the next token from the last row. ``rope_len``: length that selects the rotary
+    table of a two-table (longrope) model. ``positions``: explicit positions (trees); None is start, start+1, …
+    ``tree``: (query_len, query_len) bool ancestor mask among the new rows; None is causal.
+    """
+
+    seq_id: int
+    tokens: IntArray | None
+    start: int
+    blocks: Mapping[str, IntArray]
+    sample: bool = False
+    logits: Literal["none", "last", "all"] = "none"
+    rope_len: int = 0
+    positions: IntArray | None = None
+    tree: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def query_len(self) -> int:
+        """Rows of this sequence in the step."""
+        return 1 if self.tokens is None else len(self.tokens)
+
+
+@dataclass(frozen=True)
+class StateOp:
+    """A state operation done, in order, before the step's rows: blocks of a group copied or moved on the
+    device, swapped to or from host buffers (``key``), or a sequence's state truncated to ``length`` tokens."""
+
+    kind: Literal["copy", "move", "swap_out", "swap_in", "truncate"]
+    group: str
+    source: IntArray
+    target: IntArray
+    key: int = 0
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step: sequences admitted and released, ordered state operations, then the rows."""
+
+    rows: tuple[SeqStep, ...]
+    admit: tuple[Admission, ...] = ()
+    release: tuple[int, ...] = ()
+    ops: tuple[StateOp, ...] = ()
+    masks: Mapping[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
+    """Grammar bitmask by sequence: (ceil(vocab/32),) uint32, bit set = token allowed."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A drawn token; ``top`` lists (token id, logprob) alternatives, best first."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Results by sequence id. ``logits``: (rows, vocab) float32 for sequences that asked."""
+
+    sampled: Mapping[int, Sampled]
+    logits: Mapping[int, FloatArray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExecutorLimits:
+    """What an executor was loaded for. ``blocks``: blocks available by state group."""
+
+    max_context: int
+    max_sequences: int
+    max_tokens_per_step: int
+    blocks: Mapping[str, int]
+    vocab_size: int
+    rope_switch: int | None = None
+
+
+class Executor(Protocol):
+    """Runs steps of one artifact on one device. Not thread-safe: one engine drives it."""
+
+    state_plan: StatePlan
+    limits: ExecutorLimits
+
+    def submit(self, batch: StepBatch) -> int:
+        """Start a step and return its ticket; steps run in submission order."""
+        ...
+
+    def collect(self, ticket: int) -> StepOutput:
+        """Wait for a step. Raises ExecutorError when it failed."""
+        ...
+
+    def close(self) -> None:
+        """Free the device's memory; idempotent."""
+        ...
