@@ -101,5 +101,4 @@ __all__ = [
     "TargetInfo",
     "WeightReader",
     "WeightStore",
-
 ]

@@ -6,7 +6,14 @@ from torch import Tensor
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, g_idx: Tensor | None, format: str, bits: int, block_n: int, block_k: int
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    g_idx: Tensor | None,
+    format: str,
+    bits: int,
+    block_n: int,
+    block_k: int,
 ) -> Tensor:
     """fp32 values of a quantized matrix: ``(code - zero) * scale``, codes (N, K), scales and zeros (N/block_n, K/block_k).
 
