@@ -1,0 +1,54 @@
+# Everything a developer runs. Each target makes its own virtual environment first.
+VENV    ?= .venv
+WORKERS ?= auto
+# The first of these that runs and is Python 3.11 or newer.
+PYTHONS ?= python3 python3.11 python3.12 python3.13
+# Where to look for wheels besides PyPI. On Linux without a GPU, PyPI's torch brings 2 GB of CUDA libraries:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+EXTRAS  ?= compile,onnxruntime,serve,dev
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo check test test-gpu bench docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { \
+	  for p in $(PYTHONS); do \
+	    $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	      { echo "making $(VENV) with $$p"; $$p -m venv $(VENV) && exit 0; }; \
+	  done; echo "no Python 3.11 or newer among: $(PYTHONS)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP) ## Compile the embedded model, show what was done, generate text from it
+	$(BIN)/python scripts/demo.py build/demo
+
+check: $(STAMP) ## Format, lint, types, import contracts, fast tests (under a minute)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/render.py --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not gpu'
+
+test: $(STAMP) ## Everything that runs without a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu'
+
+test-gpu: $(STAMP) ## The tests that need a CUDA GPU
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP) ## Measure the embedded model's artifacts on this machine and append the rows
+	$(BIN)/python benchmarks/run.py
+
+docs: $(STAMP) ## Regenerate docs/benchmarks.md from benchmarks/rows
+	$(BIN)/python benchmarks/render.py
+
+clean: ## Remove what the targets above made
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
