@@ -15,8 +15,9 @@ def dequantize(
     block_n: int,
     block_k: int,
 ) -> Tensor:
-    """fp32 values of a quantized matrix: ``(code - zero) * scale``, codes (N, K), scales and zeros (N/block_n, K/block_k).
+    """fp32 values of a quantized matrix: ``(code - zero) * scale``.
 
+    codes (N, K); scales and zeros (N / block_n, K / block_k).
     format ``int``: uint8 codes in [0, 2^bits); zero defaults to 2^(bits-1). ``fp8_e4m3`` and ``mxfp4`` (E2M1 codes)
     have no zero. g_idx (K,) names each column's scale column, else it is k // block_k.
     """

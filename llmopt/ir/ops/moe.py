@@ -33,7 +33,7 @@ def moe_experts(
     Result (T, C), x's dtype.
     """
     out = torch.zeros_like(x)
-    for e in index.unique().tolist():
+    for e in torch.bincount(index.flatten()).nonzero().flatten().tolist():
         row, choice = torch.where(index == e)
         hidden = F.linear(x[row], gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
         value = F.linear(gate(hidden, activation), down[e], None if down_bias is None else down_bias[e])
