@@ -27,8 +27,14 @@ class Driver:
         self.capacity = min([limits.max_sequences, *(limits.blocks[g.name] // g.blocks_for(length) for g in groups)])
         chunks = [c for g in groups if (c := g.max_chunk()) is not None]
         self.max_chunk = min([limits.max_tokens_per_step, *chunks])
-        if self.capacity < 1:
-            raise ConfigError(f"the executor's state has no room for a sequence of {length} tokens")
+        self.require(1)
+
+    def require(self, count: int) -> None:
+        """Raise ConfigError unless ``count`` sequences fit."""
+        if count > self.capacity:
+            raise ConfigError(
+                f"the executor has room for {self.capacity} sequences of {self.length} tokens, not {count}"
+            )
 
     def blocks(self, index: int) -> dict[str, IntArray]:
         """Block ids of the index-th sequence, by group."""
@@ -42,12 +48,18 @@ class Driver:
         )
 
     def prefill(
-        self, index: int, prompt: IntArray, sample: bool, logits: Literal["none", "all"] = "none"
+        self,
+        index: int,
+        prompt: IntArray,
+        sample: bool = False,
+        logits: Literal["none", "all"] = "none",
+        max_chunk: int | None = None,
     ) -> Iterator[StepOutput]:
         """Admit sequence ``index`` and run its prompt chunk by chunk; the last step samples when asked."""
         admit: tuple[Admission, ...] = (Admission(index, prompt, GREEDY),)
-        for start in range(0, len(prompt), self.max_chunk):
-            chunk = prompt[start : start + self.max_chunk]
+        size = min(max_chunk or self.max_chunk, self.max_chunk)
+        for start in range(0, len(prompt), size):
+            chunk = prompt[start : start + size]
             last = start + len(chunk) == len(prompt)
             yield self.step(
                 [SeqStep(index, chunk, start, self.blocks(index), sample=sample and last, logits=logits)], admit

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,27 +20,37 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def probe_bandwidth(threads: int = 0) -> float:
+    """read_bandwidth measured in a process of its own: its buffer must not count as this one's memory."""
+    command = (sys.executable, "-m", "llmopt.report.machine", str(threads))
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def read_bandwidth(threads: int = 0, size: int = 256 << 20, repeat: int = 5) -> float:
     """Bytes a second all threads together read from memory: the best of ``repeat`` sweeps over ``size`` bytes.
 
-    The sweep is a maximum over int64: one vector instruction a load, so the memory is what limits it, and numpy
-    lets other threads run meanwhile.
+    The sweep is a float32 dot product of each part with itself: of what numpy offers the least work a load, so
+    the memory is what limits it, and other threads run meanwhile.
     """
     threads = threads or cores()
-    parts = np.array_split(np.ones(size // 8, np.int64), threads)
+    parts = np.array_split(np.ones(size // 4, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
-        best = min(_timed(lambda: list(pool.map(np.max, parts))) for _ in range(repeat))
+        best = min(_timed(lambda: list(pool.map(np.dot, parts, parts))) for _ in range(repeat))
     return size / best
 
 
-def _timed(work: object) -> float:
+def _timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
-    work()  # type: ignore[operator]
+    work()
     return time.perf_counter() - start
 
 
 def peak_memory() -> int:
     """Largest resident set of this process so far, in bytes (mapped weights count once they were read)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would also count the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -67,3 +78,7 @@ def commit() -> str | None:
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+if __name__ == "__main__":
+    print(read_bandwidth(int(sys.argv[1])))
