@@ -29,7 +29,7 @@ class TargetInfo:
 
 
 class WeightReader(Protocol):
-    """A lazily materialized tensor: rows of axis 0 on demand, as numpy (bfloat16 as ml_dtypes' or uint16 bits)."""
+    """A lazily materialized tensor: rows of axis 0 on demand, as numpy (bfloat16 and fp8 as ml_dtypes')."""
 
     type: TensorType
 
@@ -74,7 +74,7 @@ class WeightStore(Protocol):
         ...
 
     def get(self, name: str) -> npt.NDArray[Any]:
-        """The tensor, mapped where possible (bfloat16 as uint16 bits; see ``dtype``)."""
+        """The tensor, mapped read-only where possible (bfloat16 and fp8 as ml_dtypes)."""
         ...
 
     def dtype(self, name: str) -> str:
