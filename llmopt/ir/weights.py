@@ -124,4 +124,34 @@ class Concat(Weight):
         return tuple(found)
 
 
+@dataclass(frozen=True)
+class Stack(Weight):
+    """Weights of one shape as the slices of a new axis 0 (experts stored one by one)."""
+
+    sources: tuple[Weight, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", (len(self.sources), *self.sources[0].shape))
+        object.__setattr__(self, "dtype", self.sources[0].dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.stack([source.tensor() for source in self.sources[start:stop]])
+
+
+@dataclass(frozen=True)
+class ConcatColumns(Weight):
+    """Weights joined along axis 1 (the gate and up matrices of stacked experts)."""
+
+    sources: tuple[Weight, ...]
+
+    def __post_init__(self) -> None:
+        head = self.sources[0].shape
+        width = sum(w.shape[1] for w in self.sources)
+        object.__setattr__(self, "shape", (head[0], width, *head[2:]))
+        object.__setattr__(self, "dtype", self.sources[0].dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.cat([source.read(start, stop) for source in self.sources], dim=1)
+
+
 WeightTable = dict[str, Weight]

@@ -1,0 +1,87 @@
+"""Small rewrites that bring a trace to the fixed vocabulary: transposed weights, partial rotations."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from llmopt.ir.weights import Transposed, Weight
+
+aten = torch.ops.aten
+FLIPS = (aten.t.default, aten.transpose.int, aten.permute.default)
+
+
+def fold(graph: fx.Graph, table: dict[str, Weight]) -> None:
+    """Apply every rewrite of this file, in place."""
+    fold_transposes(graph, table)
+    fold_partial_ropes(graph)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+def fold_transposes(graph: fx.Graph, table: dict[str, Weight]) -> None:
+    """Matches a weight whose last axes are swapped. Replaces with a Transposed weight."""
+    for node in list(graph.find_nodes(op="get_attr")):
+        flips = [user for user in node.users if swaps_last_axes(user)]
+        if not flips:
+            continue
+        name = str(node.target)
+        only = len(flips) == len(node.users)
+        target = name if only else f"{name}.transposed"
+        table[target] = Transposed(table[name])
+        with graph.inserting_before(node):
+            new = graph.get_attr(target)
+        new.meta.update(node.meta, val=flips[0].meta["val"].contiguous())
+        for user in flips:
+            user.replace_all_uses_with(new)
+            graph.erase_node(user)
+        if only:
+            graph.erase_node(node)
+
+
+def swaps_last_axes(node: fx.Node) -> bool:
+    """Whether a node swaps the last two axes of its input and nothing else."""
+    if node.target not in FLIPS:
+        return False
+    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    last = {rank - 2, rank - 1}
+    if node.target is aten.t.default:
+        return rank == 2
+    if node.target is aten.transpose.int:
+        return {a % rank for a in node.args[1:]} == last  # type: ignore[operator,union-attr]
+    order = [a % rank for a in node.args[1]]  # type: ignore[union-attr,operator]
+    return order == [*range(rank - 2), rank - 1, rank - 2]
+
+
+def fold_partial_ropes(graph: fx.Graph) -> None:
+    """Matches cat(rope(x[..., :2F]), x[..., 2F:]). Replaces with rope(x), which passes the rest through."""
+    for node in list(graph.find_nodes(op="call_function", target=aten.cat.default)):
+        parts = node.args[0]
+        if not isinstance(parts, list | tuple) or len(parts) != 2 or len(node.args) < 2:
+            continue
+        turned, rest = parts
+        if not isinstance(turned, fx.Node) or turned.target is not torch.ops.llmopt.rope.default:
+            continue
+        head, cos = turned.args[0], turned.args[1]
+        width = 2 * cos.meta["val"].shape[-1]  # type: ignore[union-attr]
+        source = sliced(head, 0, width)
+        if source is None or sliced(rest, width, None) is not source or node.args[1] not in (-1, 3):
+            continue
+        with graph.inserting_before(node):
+            whole = graph.call_function(turned.target, (source, *turned.args[1:]))
+        whole.meta = dict(node.meta)
+        node.replace_all_uses_with(whole)
+        graph.erase_node(node)
+
+
+def sliced(node: object, start: int, stop: int | None) -> fx.Node | None:
+    """The source of ``source[..., start:stop]`` (stop None: to the end), if the node is that slice."""
+    if not isinstance(node, fx.Node) or node.target is not aten.slice.Tensor:
+        return None
+    source, axis, low, high = (*node.args, *(0, None, None)[len(node.args) - 1 :])[:4]
+    value = source.meta["val"]  # type: ignore[union-attr]
+    size = value.shape[-1]
+    if axis not in (-1, value.dim() - 1) or len(node.args) > 4:
+        return None
+    if (low or 0) != start or min(size, size if high is None else high) != (size if stop is None else stop):  # type: ignore[type-var]
+        return None
+    return source  # type: ignore[return-value]

@@ -1,0 +1,162 @@
+"""The coverage ledger: what share of a step's FLOPs and bytes the compiler knows, and where it does not."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+COMPILED_ATEN = {
+    "embedding", "linear", "layer_norm", "silu", "gelu", "relu", "tanh", "sigmoid", "add", "mul", "sub", "div",
+    "view", "reshape", "transpose", "permute", "t", "slice", "split", "split_with_sizes", "chunk", "unsqueeze",
+    "squeeze", "cat", "to", "_to_copy", "contiguous", "clone", "expand", "select", "flatten", "_unsafe_view", "unbind",
+}  # fmt: skip
+VIEWS = {
+    "view", "reshape", "transpose", "permute", "t", "slice", "split", "split_with_sizes", "chunk", "unsqueeze",
+    "squeeze", "expand", "select", "flatten", "_unsafe_view", "unbind", "getitem",
+}  # fmt: skip
+ROWS = 128
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One node: its class, cost at ROWS rows of one sequence, and where it came from."""
+
+    node: str
+    op: str
+    scope: str
+    kind: str
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Costs by node, at ``rows`` rows. ``kind`` is ``compiled`` (llmopt ops and what targets lower directly),
+    ``generic`` (other aten ops, kept as they are) or ``eager`` (not captured; strict capture raises instead)."""
+
+    entries: tuple[Entry, ...]
+    rows: int = ROWS
+
+    def shares(self, what: str) -> dict[str, float]:
+        """Share of ``flops`` or ``bytes`` by kind; sums to 1 (all 0 for an empty graph)."""
+        sums = dict.fromkeys(("compiled", "generic", "eager"), 0)
+        for entry in self.entries:
+            sums[entry.kind] += getattr(entry, what)
+        total = sum(sums.values())
+        return {kind: value / total if total else 0.0 for kind, value in sums.items()}
+
+    def gaps(self) -> list[dict[str, Any]]:
+        """What is not compiled: one line an op and scope, costliest first."""
+        found: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+        for e in self.entries:
+            if e.kind != "compiled":
+                line = found[e.kind, e.op, e.scope]
+                line[0] += 1
+                line[1] += e.flops
+                line[2] += e.bytes
+        rows = [
+            {"kind": kind, "op": op, "scope": scope, "nodes": n, "flops": flops, "bytes": size}
+            for (kind, op, scope), (n, flops, size) in found.items()
+        ]
+        return sorted(rows, key=lambda r: (-r["bytes"], -r["flops"], r["scope"], r["op"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Shares of FLOPs and bytes, totals, node counts and every gap."""
+        kinds = [e.kind for e in self.entries]
+        return {
+            "rows": self.rows,
+            "nodes": {kind: kinds.count(kind) for kind in ("compiled", "generic", "eager")},
+            "flops": {"total": sum(e.flops for e in self.entries), **self.shares("flops")},
+            "bytes": {"total": sum(e.bytes for e in self.entries), **self.shares("bytes")},
+            "gaps": self.gaps(),
+        }
+
+
+def take_ledger(graph: fx.Graph) -> Ledger:
+    """Costs of a captured graph."""
+    return Ledger(tuple(entry(node) for node in graph.nodes if node.op == "call_function"))
+
+
+def entry(node: fx.Node) -> Entry:
+    """The ledger line of a node."""
+    name = op_name(node)
+    base = name.partition(".")[2].partition(".")[0] if "." in name else name
+    compiled = name.startswith("llmopt.") or base in COMPILED_ATEN or base in VIEWS or base.startswith("sym_")
+    reads = [n.meta.get("val") for n in node.all_input_nodes]
+    writes = node.meta.get("val")
+    size = 0 if base in VIEWS else sum(nbytes(v) for v in [*reads, writes])
+    if base in ("embedding", "embedding_dense"):
+        size = 2 * nbytes(writes)
+    if base == "moe_experts":
+        size = moe_bytes(node)
+    kind = "compiled" if compiled else "generic"
+    return Entry(node.name, name, node.meta.get("scope", ""), kind, flops(node, base), size)
+
+
+def op_name(node: fx.Node) -> str:
+    """``llmopt.rope`` or ``aten.add``."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.name().replace("::", ".").partition(".Tensor")[0]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def concrete(dim: Any) -> int:
+    """A dim with every symbol set to ROWS."""
+    if isinstance(dim, torch.SymInt):
+        return int(dim.node.expr.subs(dict.fromkeys(dim.node.expr.free_symbols, ROWS)))
+    return int(dim)
+
+
+def sizes(value: Any) -> list[int]:
+    """Concrete shape of a tensor value."""
+    return [concrete(d) for d in value.shape]
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of a value, or of all values of a tuple."""
+    if isinstance(value, tuple | list):
+        return sum(nbytes(v) for v in value)
+    if not isinstance(value, torch.Tensor):
+        return 0
+    return math.prod(sizes(value)) * value.dtype.itemsize
+
+
+def argument(node: fx.Node, index: int) -> list[int]:
+    """Concrete shape of a tensor argument."""
+    return sizes(node.args[index].meta["val"])  # type: ignore[union-attr]
+
+
+def flops(node: fx.Node, base: str) -> int:
+    """Multiplications and additions of a node (an elementwise op counts one an element)."""
+    value = node.meta.get("val")
+    if base in VIEWS or base == "embedding" or not isinstance(value, torch.Tensor | tuple | list):
+        return 0
+    if base == "linear":
+        return 2 * math.prod(argument(node, 0)) * argument(node, 1)[0]
+    if base in ("mm", "bmm", "matmul", "addmm"):
+        left = argument(node, 1 if base == "addmm" else 0)
+        return 2 * math.prod(sizes(value)) * left[-1]
+    if base == "attention":
+        (_, heads, rows, width), depth = argument(node, 0), argument(node, 2)[3]
+        window = node.args[5] or rows
+        pairs = sum(min(i + 1, window) for i in range(rows))  # type: ignore[type-var]
+        return 2 * heads * pairs * (width + depth)
+    if base == "moe_experts":
+        rows, chosen = argument(node, 1)
+        return 2 * rows * chosen * sum(math.prod(argument(node, i)[1:]) for i in (3, 4))
+    first = value[0] if isinstance(value, tuple | list) else value
+    return math.prod(sizes(first))
+
+
+def moe_bytes(node: fx.Node) -> int:
+    """Bytes of the experts at least one of the rows can reach, plus activations."""
+    rows, chosen = argument(node, 1)
+    total = argument(node, 3)[0]
+    weights = sum(nbytes(node.args[i].meta["val"]) for i in (3, 4))  # type: ignore[union-attr]
+    return weights * min(total, rows * chosen) // total + 2 * nbytes(node.meta["val"])
