@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
+from llmopt.compiler import CompileOptions, pass_context, run_passes
 from llmopt.frontend import capture, load_checkpoint
-from llmopt.ir.pass_manager import PassContext, PassManager
 from llmopt.lower.lowering import lower
 from llmopt.recipe import parse_recipe
 from llmopt.registry import load_executor_module, load_target
@@ -27,9 +25,9 @@ def reference_executor(checkpoint: Path, options: LoadOptions) -> Executor:
     Raises what loading and capturing a checkpoint raise.
     """
     recipe = parse_recipe(RECIPE, name="baseline")
-    module = capture(load_checkpoint(checkpoint), dtype=torch.float32, max_context=options.max_context).module
     target = load_target(recipe.target)
-    PassManager().run(module, recipe.passes, PassContext(target.info, torch.float32))
-    weights = {name: weight.tensor() for name, weight in module.weights.items()}
-    executor: Executor = load_executor_module("reference").ReferenceExecutor(lower(module), weights, options)
+    captured = capture(load_checkpoint(checkpoint), recipe.torch_dtype, options.max_context)
+    run_passes(captured, target, recipe, pass_context(target, recipe), CompileOptions())
+    weights = {name: weight.tensor() for name, weight in captured.module.weights.items()}
+    executor: Executor = load_executor_module("reference").ReferenceExecutor(lower(captured.module), weights, options)
     return executor
