@@ -1,0 +1,102 @@
+"""``llmopt compile``: a checkpoint and a recipe in, an artifact out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmopt.cli.output import emit_json, emit_pairs, emit_table, human_bytes, progress_bar
+
+if TYPE_CHECKING:
+    from llmopt.artifact import WeightsPlan
+    from llmopt.compiler import Compiled
+
+
+@click.command("compile")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-r", "--recipe", required=True, help="Recipe file, or the name of a built-in one (int4-cpu).")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the artifact.")
+@click.option(
+    "--max-context", type=click.IntRange(1), help="Longest sequence; default: the recipe's, else the model's."
+)
+@click.option("--weights", "weights_option", default="inside", show_default=True,
+              help="Where weights go: 'inside', a directory beside the artifact, or 'random:SEED' (drawn at load).")  # fmt: skip
+@click.option("--dump-ir", type=click.Path(path_type=Path, file_okay=False), help="Write the IR here after each pass.")
+@click.option("--check-passes", is_flag=True, help="Replay golden inputs around each pass; exit 7 when one drifts.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report and the build log as JSON.")
+def compile_command(
+    checkpoint: Path,
+    recipe: str,
+    output: Path,
+    max_context: int | None,
+    weights_option: str,
+    dump_ir: Path | None,
+    check_passes: bool,
+    as_json: bool,
+) -> None:
+    """Compile a Hugging Face checkpoint directory into an artifact.
+
+    Exit codes: 3 recipe, 4 checkpoint, 5 model cannot be captured, 6 pass, 7 drift, 8 target, 10 resources.
+    """
+    plan = weights_plan(weights_option)
+    require_compile_extra()
+    from llmopt.compiler import CompileOptions, compile_checkpoint
+    from llmopt.recipe import load_recipe
+
+    with progress_bar(not as_json) as progress:
+        options = CompileOptions(max_context, dump_ir, check_passes, plan, progress)
+        compiled = compile_checkpoint(checkpoint, load_recipe(recipe), output, options)
+    if as_json:
+        emit_json({"artifact": str(output), "report": compiled.report, "log": compiled.log})
+    else:
+        show(compiled, output)
+
+
+def weights_plan(option: str) -> WeightsPlan:
+    """``inside``, ``random:SEED`` or a directory. Raises ConfigError for a seed that is not a number."""
+    from llmopt.artifact import WeightsPlan
+    from llmopt.errors import ConfigError
+
+    if option == "inside":
+        return WeightsPlan()
+    kind, colon, seed = option.partition(":")
+    if kind == "random" and colon:
+        if not seed.isdecimal():
+            raise ConfigError(f"the seed {seed!r} is not a number", where="--weights", hint="write random:0")
+        return WeightsPlan("random", seed=int(seed))
+    return WeightsPlan("external", Path(option))
+
+
+def require_compile_extra() -> None:
+    """Raises ResourceError when torch or transformers is not installed: the bare package is the runtime."""
+    from importlib.util import find_spec
+
+    from llmopt.errors import ResourceError
+
+    if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
+        raise ResourceError(f"compiling needs {' and '.join(missing)}", hint="pip install 'llmopt[compile]'")
+
+
+def show(compiled: Compiled, output: Path) -> None:
+    """Passes, coverage, sizes and seconds, for people."""
+    rows = [(p["name"], p["rewrites"], p["nodes_after"], f"{p['ms']:.1f}") for p in compiled.log["passes"]]
+    emit_table(("pass", "rewrites", "nodes", "ms"), rows)
+    size, ledger = compiled.report["bytes"], compiled.report["ledger"]
+    seconds: dict[str, Any] = compiled.log["seconds"]
+    emit_pairs(
+        [
+            ("coverage", coverage_line(ledger)),
+            ("weights", f"{human_bytes(size['checkpoint'])} -> {human_bytes(size['weights'])}"),
+            ("KV cache", f"{human_bytes(size['kv_per_token'])} a token"),
+            ("golden", f"{len(compiled.manifest.golden)} sequences"),
+            ("time", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())),
+            ("artifact", output),
+        ]
+    )
+
+
+def coverage_line(ledger: dict[str, Any]) -> str:
+    """Shares of FLOPs by how they are compiled."""
+    return ", ".join(f"{kind} {share:.1%}" for kind, share in ledger["flops"].items())

@@ -1,0 +1,154 @@
+"""The compiler: a checkpoint and a recipe in, an artifact out. ``compile_checkpoint`` is the whole flow."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmopt.artifact import BuildInfo, Manifest, WeightsPlan, write_artifact
+from llmopt.errors import ConfigError
+from llmopt.frontend import Captured, Checkpoint, capture, load_checkpoint
+from llmopt.golden import record_golden
+from llmopt.ir.check import PassChecker
+from llmopt.ir.pass_manager import PassContext, PassManager, PassRecord, split_at_fork
+from llmopt.lower.fork import fork
+from llmopt.lower.lowering import lower
+from llmopt.lower.readers import Reader, readers
+from llmopt.program import Program
+from llmopt.recipe import Recipe
+from llmopt.registry import load_target
+from llmopt.target import BuildContext, Target
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What a build may be told beside the recipe.
+
+    ``dump_ir``: folder for the IR's text after each pass. ``check_passes``: replay golden inputs around each pass.
+    ``weights``: inside the artifact, in a directory, or drawn from a seed at load.
+    """
+
+    max_context: int | None = None
+    dump_ir: Path | None = None
+    check_passes: bool = False
+    weights: WeightsPlan = WeightsPlan()
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of each stage, by name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, stage: str) -> None:
+        """Close a stage."""
+        now = time.perf_counter()
+        self.seconds[stage], self.last = round(now - self.last, 3), now
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a build did: the artifact's manifest, what report.json holds, and what only the build log knows (times)."""
+
+    manifest: Manifest
+    report: dict[str, Any]
+    log: dict[str, Any]
+
+
+def compile_checkpoint(
+    path: Path, recipe: Recipe, destination: Path, options: CompileOptions = CompileOptions()  # noqa: B008 (frozen)
+) -> Compiled:
+    """Compile the checkpoint directory ``path`` into the artifact ``destination``.
+
+    Timings go to ``<destination>.build.json`` beside it, never inside: equal inputs give equal bytes. Raises
+    any LlmoptError; nothing is left at ``destination`` then.
+    """
+    watch = Stopwatch()
+    target = load_target(recipe.target)
+    context = pass_context(target, recipe)
+    checkpoint = load_checkpoint(path)
+    captured = capture(checkpoint, recipe.torch_dtype, options.max_context or recipe.max_context)
+    watch.lap("capture")
+    records = run_passes(captured, target, recipe, context, options)
+    watch.lap("passes")
+    program = lower(captured.module)
+    weights = readers(program, captured.module.weights)
+    files = target.build(program, weights, BuildContext(recipe.target_options, options.progress))
+    watch.lap("build")
+    golden = record_golden(program, weights) if options.weights.kind != "random" else []
+    watch.lap("golden")
+    report = describe(checkpoint, captured, records, program, weights)
+    manifest = write_artifact(
+        destination,
+        info=BuildInfo(
+            model=str(checkpoint.config.get("model_type")),
+            target=target.name,
+            dtype=recipe.dtype,
+            source=checkpoint.digest,
+            eos_token_ids=captured.module.config.eos_token_ids,
+            bos_token_id=captured.module.config.bos_token_id,
+        ),
+        program=program,
+        files=files,
+        tokenizer_files=checkpoint.tokenizer_files,
+        recipe_text=recipe.text,
+        report=json.dumps(report, indent=1, sort_keys=True) + "\n",
+        weights=options.weights,
+        golden=golden,
+        progress=options.progress,
+    )
+    watch.lap("write")
+    log = {"seconds": watch.seconds, "passes": [asdict(r) for r in records], "checkpoint": str(path.resolve())}
+    destination.with_name(destination.name + ".build.json").write_text(json.dumps(log, indent=1) + "\n")
+    return Compiled(manifest, report, log)
+
+
+def pass_context(target: Target, recipe: Recipe) -> PassContext:
+    """What the passes may know; raises ConfigError when the target cannot compute in the recipe's dtype."""
+    if recipe.dtype not in target.info.dtypes:
+        known = ", ".join(target.info.dtypes)
+        raise ConfigError(f"target {target.name} does not compute in {recipe.dtype}", hint=f"it can: {known}")
+    return PassContext(target.info, recipe.torch_dtype)
+
+
+def run_passes(
+    captured: Captured, target: Target, recipe: Recipe, context: PassContext, options: CompileOptions
+) -> list[PassRecord]:
+    """Common passes on the captured function, the fork, then the passes that name functions."""
+    manager = PassManager(options.dump_ir, PassChecker() if options.check_passes else None)
+    common, forked = split_at_fork(recipe.passes)
+    records = manager.run(captured.module, common, context)
+    fork(captured.module, target.info.functions)
+    records += manager.run(captured.module, forked, context)
+    captured.module.prune_weights()
+    return records
+
+
+def describe(
+    checkpoint: Checkpoint,
+    captured: Captured,
+    records: list[PassRecord],
+    program: Program,
+    weights: dict[str, Reader],
+) -> dict[str, Any]:
+    """report.json: the passes' rewrites, the coverage ledger, sizes in bytes, and why golden tokens may be missing."""
+    return {
+        "passes": [{k: v for k, v in asdict(r).items() if k != "ms"} for r in records],
+        "ledger": captured.ledger.to_json(),
+        "bytes": {
+            "checkpoint": sum(w.nbytes for w in checkpoint.weights.values()),
+            "weights": sum(reader.weight.nbytes for reader in weights.values()),
+            "kv_per_token": kv_bytes_per_token(program),
+        },
+    }
+
+
+def kv_bytes_per_token(program: Program) -> float:
+    """Bytes of state a token takes in the groups that grow with the sequence (rings do not)."""
+    return sum(g.block_bytes() / g.block_size for g in program.states.groups if g.kind in ("paged", "slots"))
