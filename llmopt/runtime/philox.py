@@ -34,4 +34,4 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.f
     counter[0] = positions
     words = philox4x32(counter, np.stack((seed & _LOW, seed >> _WORD)).astype(np.uint32)).astype(np.uint64)
     bits = (words[0] << np.uint64(21)) | (words[1] >> np.uint64(11))
-    return bits.astype(np.float64) * 2.0**-53
+    return np.asarray(bits.astype(np.float64) * 2.0**-53, np.float64)

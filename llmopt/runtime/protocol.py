@@ -119,7 +119,11 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class ExecutorLimits:
-    """What an executor was loaded for. ``blocks``: blocks available by state group."""
+    """What an executor was loaded for. ``blocks``: blocks available by state group.
+
+    ``steps_in_flight``: 1 when every step must be collected before the next is submitted, 2 when the host may run
+    one step ahead.
+    """
 
     max_context: int
     max_sequences: int
@@ -127,6 +131,7 @@ class ExecutorLimits:
     blocks: Mapping[str, int]
     vocab_size: int
     rope_switch: int | None = None
+    steps_in_flight: int = 1
 
 
 class Executor(Protocol):

@@ -1,0 +1,145 @@
+"""A deterministic executor whose next token depends on what it finds in its blocks, so that scheduler mistakes show."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from llmopt.errors import ExecutorError
+from llmopt.program import StateGroup, StatePlan
+from llmopt.runtime.protocol import ExecutorLimits, SeqStep, StepBatch, StepOutput
+from llmopt.runtime.ragged import slots_of
+from llmopt.runtime.sampler import HostSampler
+
+EMPTY = -1
+MODULUS = 1_000_003
+
+
+def plan_of(*kinds: str, block_size: int = 4, context: int = 64, window: int = 6, sinks: int = 2, chunk: int = 3):
+    """A state plan with one group of each kind."""
+    groups = []
+    for i, kind in enumerate(kinds):
+        size = {"paged": block_size, "slots": context, "ring": sinks + window - 1 + chunk}[kind]
+        ring = {"window": window, "sinks": sinks} if kind == "ring" else {}
+        groups.append(StateGroup(f"{kind}{i}", kind, size, (), **ring))
+    return StatePlan(tuple(groups))
+
+
+def mix(tokens, positions, vocab_size: int, table: int = 0) -> int:
+    """The toy model: a hash of tokens, their positions and the rotary table."""
+    value = 17 + 31 * table
+    for token, position in zip(tokens, positions):
+        value = (value * 131 + int(token) * 7 + int(position)) % MODULUS
+    return value % vocab_size
+
+
+def visible(group: StateGroup, length: int) -> np.ndarray:
+    """Positions the last row of a sequence of ``length`` tokens attends to."""
+    positions = np.arange(length)
+    if group.kind != "ring":
+        return positions
+    return positions[(positions < group.sinks) | (positions > length - 1 - group.window)]
+
+
+def oracle(prompt, count: int, plan: StatePlan, vocab_size: int, switch: int | None = None) -> list[int]:
+    """What a sequence generates when it is alone."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, plan, vocab_size, switch))
+    return tokens[len(prompt) :]
+
+
+def next_token(tokens, plan: StatePlan, vocab_size: int, switch: int | None = None) -> int:
+    """The greedy token after ``tokens``."""
+    table = int(switch is not None and len(tokens) > switch)
+    total = 0
+    for group in plan.groups:
+        seen = visible(group, len(tokens))
+        total += mix([tokens[p] for p in seen], seen, vocab_size, table)
+    return total % vocab_size
+
+
+class FakeExecutor:
+    """Writes (token, position, rotary table) into slots and reads them back; checks the protocol as it goes.
+
+    ``lazy``: steps run when they are collected or overtaken, as on a device that runs behind the host.
+    """
+
+    def __init__(self, plan: StatePlan, limits: ExecutorLimits, fail_at: int | None = None) -> None:
+        self.state_plan, self.limits, self.fail_at = plan, limits, fail_at
+        self.cells = {g.name: np.full((limits.blocks[g.name] * g.block_size, 3), EMPTY, np.int64) for g in plan.groups}
+        self.sampler = HostSampler(limits.vocab_size)
+        self.known: set[int] = set()
+        self.queue: deque[tuple[int, StepBatch]] = deque()
+        self.done: dict[int, StepOutput] = {}
+        self.tickets = self.rows = 0
+        self.closed = False
+
+    def submit(self, batch: StepBatch) -> int:
+        assert len(self.queue) + len(self.done) < self.limits.steps_in_flight
+        self._check(batch)
+        self.tickets += 1
+        self.queue.append((self.tickets, batch))
+        return self.tickets
+
+    def collect(self, ticket: int) -> StepOutput:
+        while ticket not in self.done:
+            number, batch = self.queue.popleft()
+            self.done[number] = self._run(batch)
+        return self.done.pop(ticket)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _check(self, batch: StepBatch) -> None:
+        ids = [row.seq_id for row in batch.rows]
+        assert len(set(ids)) == len(ids) <= self.limits.max_sequences
+        assert sum(row.query_len for row in batch.rows) <= self.limits.max_tokens_per_step
+        for admission in batch.admit:
+            assert admission.seq_id not in self.known, "admitted twice"
+            self.known.add(admission.seq_id)
+        assert set(ids) <= self.known, "rows of a sequence the executor does not know"
+        for group in self.state_plan.groups:
+            used = [b for row in batch.rows for b in row.blocks[group.name].tolist()]
+            assert len(set(used)) == len(used), "a block belongs to two sequences"
+            assert all(0 <= b < self.limits.blocks[group.name] for b in used)
+            for row in batch.rows:
+                assert len(row.blocks[group.name]) == group.blocks_for(row.start + row.query_len)
+                assert row.query_len <= (group.max_chunk() or row.query_len)
+        for seq_id in batch.release:
+            self.known.remove(seq_id)
+
+    def _run(self, batch: StepBatch) -> StepOutput:
+        if self.fail_at is not None and self.tickets >= self.fail_at:
+            raise ExecutorError("the device is gone")
+        for admission in batch.admit:
+            self.sampler.admit(admission)
+        drawn = {}
+        for row in batch.rows:
+            self.rows += row.query_len
+            token = self._forward(row)
+            if row.sample:
+                logits = np.zeros((1, self.limits.vocab_size), np.float32)
+                logits[0, token] = 8
+                drawn[row.seq_id] = self.sampler.sample_rows([row.seq_id], logits)[0]
+        for seq_id in batch.release:
+            self.sampler.release(seq_id)
+        return StepOutput(drawn)
+
+    def _forward(self, row: SeqStep) -> int:
+        tokens = [self.sampler.last(row.seq_id)] if row.tokens is None else row.tokens
+        end, switch = row.start + row.query_len, self.limits.rope_switch
+        table = int(switch is not None and max(row.rope_len, end) > switch)
+        positions = np.arange(row.start, end)
+        total = 0
+        for group in self.state_plan.groups:
+            cells, blocks = self.cells[group.name], row.blocks[group.name]
+            cells[slots_of(group, blocks, positions)] = np.stack(
+                (tokens, positions, np.full(len(positions), table)), axis=1
+            )
+            seen = visible(group, end)
+            found = cells[slots_of(group, blocks, seen)]
+            tables = set(found[:, 2].tolist())
+            total += mix(found[:, 0], found[:, 1], self.limits.vocab_size, max(tables) if len(tables) == 1 else 99)
+        return total % self.limits.vocab_size
