@@ -79,7 +79,10 @@ VIOLATIONS = {
     "llmopt/recipe.py": ("import passes.eliminate_noops", "llmopt finds passes and targets through the registry only"),
     "passes/eliminate_noops.py": ("import llmopt.lower.lowering", "a pass sees the IR and nothing else"),
     "passes/prune_logits.py": ("import passes.fuse_qkv", "passes do not know each other"),
-    "targets/reference/target.py": ("import llmopt.registry", "a target sees the IR, the program and the step protocol"),
+    "targets/reference/target.py": (
+        "import llmopt.registry",
+        "a target sees the IR, the program and the step protocol",
+    ),
     "targets/onnxruntime/target.py": ("import targets.reference.target", "targets do not know each other"),
 }
 
