@@ -85,4 +85,7 @@ def attach(root: torch.nn.Module, name: str, value: Any) -> None:
         if not hasattr(root, part):
             root.add_module(part, torch.nn.Module())
         root = getattr(root, part)
-    setattr(root, leaf, value)
+    if isinstance(value, torch.Tensor):
+        root.register_buffer(leaf, value, persistent=False)  # fx warns of get_attr nodes that name neither
+    else:
+        setattr(root, leaf, value)
