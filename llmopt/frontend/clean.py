@@ -26,8 +26,8 @@ def import_graph(program: ExportedProgram) -> fx.Graph:
     copy_nodes(graph, program.graph_module, {}, targets)
     for node in list(graph.nodes):
         simplify(graph, node)
+    purify(graph)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    refuse_mutation(graph)
     graph.lint()
     return graph
 
@@ -78,7 +78,7 @@ def region(owner: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, int] |
 def scope_of(node: fx.Node) -> str:
     """Path of the innermost module a node came from, without the capture wrapper's own prefix."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = next((str(path) for path, _ in reversed(list(stack.values()))), "")
+    path = next((str(path) for path, _ in reversed(list(stack.values())) if not str(path).startswith("_")), "")
     return path.removeprefix(PREFIX[:-1]).removeprefix(".")
 
 
@@ -112,11 +112,48 @@ def equal_shapes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(str(x) == str(y) for x, y in zip(a.shape, b.shape))
 
 
-def refuse_mutation(graph: fx.Graph) -> None:
-    """Raise UnsupportedModelError when an op writes to its argument: the IR is pure."""
-    for node in graph.nodes:
+def purify(graph: fx.Graph) -> None:
+    """Replace in-place ops by their pure forms; raises UnsupportedModelError when views make that unsafe."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
         schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        pure, changed = pure_form(node), node.args[0]
+        if pure is None or aliased(changed, node, order):
             raise UnsupportedModelError(
                 f"{node.target} changes a tensor in place", where=node.meta.get("scope") or node.name
             )
+        with graph.inserting_before(node):
+            new = graph.call_function(pure, node.args, node.kwargs)
+        new.meta, order[new] = dict(node.meta), order[node]
+        for later in [u for u in changed.users if order[u] > order[node]]:  # type: ignore[union-attr]
+            later.replace_input_with(changed, new)  # type: ignore[arg-type]
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def pure_form(node: fx.Node) -> Any:
+    """The functional overload of an in-place op (``div_`` is ``div``), if it has one."""
+    target: Any = node.target
+    name = target._opname
+    packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
+    overload = getattr(packet, target._overloadname, None) if name.endswith("_") and packet else None
+    return overload if overload is not None and not overload._schema.is_mutable else None
+
+
+def aliased(tensor: Any, write: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether a tensor written by ``write`` shares memory with another value, an input or a weight."""
+    if not isinstance(tensor, fx.Node) or tensor.op != "call_function" or returns_view(tensor):
+        return True
+    return any(returns_view(u) and any(order[v] > order[write] for v in u.users) for u in tensor.users if u is not write)
+
+
+def returns_view(node: fx.Node) -> bool:
+    """Whether a node's result may alias its arguments."""
+    if node.target is operator.getitem:
+        return returns_view(node.args[0])  # type: ignore[arg-type]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return True
+    return not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from llmopt.ir.weights import Transposed, Weight
+from llmopt.ir.weights import Constant, Transposed, Weight
 
 aten = torch.ops.aten
 FLIPS = (aten.t.default, aten.transpose.int, aten.permute.default)
@@ -13,9 +13,26 @@ FLIPS = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 def fold(graph: fx.Graph, table: dict[str, Weight]) -> None:
     """Apply every rewrite of this file, in place."""
+    fold_scalars(graph, table)
     fold_transposes(graph, table)
     fold_partial_ropes(graph)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+def fold_scalars(graph: fx.Graph, table: dict[str, Weight]) -> None:
+    """Matches x * c with c a computed 0-d buffer. Replaces c with its number (Gemma's embedding scale)."""
+    for node in list(graph.find_nodes(op="get_attr")):
+        weight = table[str(node.target)]
+        if not isinstance(weight, Constant) or weight.shape:
+            continue
+        for user in list(node.users):
+            if user.target is aten.mul.Tensor and user.args[1] is node and keeps_dtype(user):
+                user.update_arg(1, float(weight.value))
+
+
+def keeps_dtype(node: fx.Node) -> bool:
+    """Whether a product has the dtype of its first factor."""
+    return node.meta["val"].dtype == node.args[0].meta["val"].dtype  # type: ignore[union-attr,no-any-return]
 
 
 def fold_transposes(graph: fx.Graph, table: dict[str, Weight]) -> None:

@@ -74,11 +74,12 @@ def storage_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def model_config(checkpoint: Checkpoint, model: PreTrainedModel, max_context: int | None) -> ModelConfig:
     """Vocabulary, context length and special tokens; raises ConfigError when ``max_context`` exceeds the model's."""
     text = model.config.get_text_config()
-    limit = context_limit(text)
+    limit = getattr(text, "max_position_embeddings", None)
     if max_context is not None and max_context < 1:
         raise ConfigError(f"max_context is {max_context}, at least 1 is needed")
-    if max_context is not None and limit is not None and max_context > limit:
-        raise ConfigError(f"max_context {max_context} exceeds the model's {limit} positions", where=str(checkpoint.path))
+    longest = stretched_limit(text, limit)
+    if max_context is not None and longest is not None and max_context > longest:
+        raise ConfigError(f"max_context {max_context} exceeds the model's {longest} positions", where=str(checkpoint.path))
     if max_context is None and limit is None:
         raise ConfigError("the model names no longest context", hint="give max_context")
     eos = checkpoint.generation_config.get("eos_token_id", text.eos_token_id)
@@ -87,13 +88,12 @@ def model_config(checkpoint: Checkpoint, model: PreTrainedModel, max_context: in
     return ModelConfig(int(text.vocab_size), int(max_context or limit or 0), eos_ids, bos, checkpoint.config)
 
 
-def context_limit(config: Any) -> int | None:
-    """Positions the model was made for; a dynamic scaling stretches them by its factor."""
-    limit = getattr(config, "max_position_embeddings", None)
+def stretched_limit(config: Any, limit: int | None) -> int | None:
+    """Longest context that may be asked for: dynamic scaling stretches the positions by its factor."""
     rope = getattr(config, "rope_parameters", None) or {}
     if limit and rope.get("rope_type") == "dynamic":
         return int(limit * max(1.0, float(rope.get("factor") or 1.0)))
-    return int(limit) if limit else None
+    return limit
 
 
 def computed_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -119,9 +119,9 @@ def computed_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def initialized(model: PreTrainedModel, module: nn.Module, fill: float) -> nn.Module | None:
-    """A CPU copy of a module (without its children), filled and then initialized by the model's code."""
+    """A copy of a module (no children, parameters on meta, buffers filled), initialized by the model's code."""
     trial = copy.copy(module)
-    trial._modules, trial._parameters = {}, {}
+    trial._modules = {}
     trial._buffers = {
         n: None if b is None else torch.full(b.shape, fill).to(b.dtype) for n, b in module._buffers.items()
     }

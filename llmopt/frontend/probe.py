@@ -116,6 +116,15 @@ def exact_in_bf16(module: nn.Module, norm: Norm, inputs: list[Tensor]) -> Norm |
     return best
 
 
+def probe_activation(module: nn.Module) -> str | None:
+    """Name of the activation a module without parameters applies elementwise; None when it is none of ours."""
+    if next(module.parameters(), None) is not None or list(module.children()) or list(module.buffers()):
+        return None
+    x = random(ROWS, 64, scale=4.0)
+    result = call(module, x)
+    return next((kind for kind, function in ACTIVATIONS.items() if close(result, function(x), 1e-6)), None)
+
+
 @dataclass(frozen=True)
 class RopeForm:
     """How a Python function rotates: pairing, and the axis of q and k that holds heads (1) or rows (2)."""

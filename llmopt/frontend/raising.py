@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.frontend.hooks import Capture
-from llmopt.frontend.probe import Norm, RopeForm, probe_gate, probe_norm, probe_rope
+from llmopt.frontend.probe import Norm, RopeForm, probe_activation, probe_gate, probe_norm, probe_rope
 from llmopt.frontend.rotary import LAYOUTS, RotaryTable, Tables, is_rotary, probe_rotary
+from llmopt.ir.ops.activation import ACTIVATIONS
 
 
 class RaisedNorm(nn.Module):
@@ -45,6 +46,18 @@ class RaisedConv1D(nn.Module):
         return nn.functional.linear(x, self.weight.t(), self.bias)
 
 
+class RaisedActivation(nn.Module):
+    """An activation written out in elementwise ops (GPT-2's gelu) as the one op it is."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise, x's shape and dtype."""
+        return ACTIVATIONS[self.kind](x)
+
+
 def python_modules(model: nn.Module) -> list[ModuleType]:
     """The modeling files of a model's classes."""
     names = {type(m).__module__ for m in model.modules()}
@@ -63,6 +76,9 @@ def raise_modules(model: nn.Module, state: Capture, max_context: int) -> tuple[T
             replace(model, path, RaisedConv1D(module))
         elif hasattr(module, "has_gate") and hasattr(module, "_apply_gate"):
             state.activations[module] = experts_activation(module, path)
+        elif type(module).__module__ == "transformers.activations":
+            if kind := probe_activation(module):
+                replace(model, path, RaisedActivation(kind))
         elif "norm" in type(module).__name__.lower():
             plain = {k: v for k, v in vars(module).items() if isinstance(v, float | int | bool)}
             key = (type(module), str(sorted(plain.items())), str([p.shape for p in module.parameters()]))
