@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from llmopt.report.units import human_bytes as human_bytes
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -44,15 +46,6 @@ def emit_pairs(pairs: Sequence[tuple[str, object]], title: str | None = None) ->
     width = max((len(key) for key, _ in pairs), default=0)
     for key, value in pairs:
         click.echo(f"{key.ljust(width)}  {value}")
-
-
-def human_bytes(count: float) -> str:
-    """``4_200_000`` → ``4.2 MB`` (powers of ten, as disks and bandwidths are quoted)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 @contextmanager
