@@ -54,6 +54,11 @@ class Pass(ABC):
     expect: int | None = field(default=None, kw_only=True)
     functions: tuple[str, ...] | None = field(default=None, kw_only=True)
 
+    @property
+    def changes_numerics(self) -> bool:
+        """Whether this instance's options change the numerics by design."""
+        return self.lossy
+
     def requires(self, module: Module, ctx: PassContext) -> None:  # noqa: B027 (most passes need nothing)
         """Raise PassError when the module cannot take this pass, naming what must come before."""
 

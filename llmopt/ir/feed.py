@@ -1,0 +1,83 @@
+"""Feeds one sequence to a module's function, whatever inputs its passes have added so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmopt.ir.interpret import Observer, run_module
+from llmopt.ir.module import Module
+from llmopt.program import StateGroup
+
+
+def run_sequence(
+    module: Module,
+    function: str,
+    tokens: Sequence[int],
+    chunks: Sequence[int] | None = None,
+    observe: Observer | None = None,
+) -> Tensor:
+    """Logits (len(tokens), V) of one sequence, computed in steps of ``chunks`` rows (default: one step).
+
+    States start as NaN and live in blocks handed out in reverse order, so that reading an unwritten slot or
+    ignoring the block table shows. A module without states can only take one step.
+    """
+    feed = Feed(module, function, len(tokens))
+    position, logits = 0, []
+    for length in chunks or (len(tokens),):
+        step = torch.tensor([tokens[position : position + length]])
+        logits.append(feed.step(step, position, observe))
+        position += length
+    return torch.cat(logits)
+
+
+def limit_chunk(module: Module, length: int) -> int:
+    """``length`` rows, or as many as the module's rings take in one step."""
+    limits = [g.max_chunk() for g in module.states]
+    return min([length, *(m for m in limits if m is not None)])
+
+
+class Feed:
+    """The inputs of one sequence and its states between steps."""
+
+    def __init__(self, module: Module, function: str, length: int) -> None:
+        self.module, self.function = module, function
+        self.inputs = {n.name: n for n in module.functions[function].graph.nodes if n.op == "placeholder"}
+        self.blocks = {g.name: torch.arange(g.blocks_for(length)).flip(0) for g in module.states}
+        self.states = {spec.input: self._empty(g, spec.input) for g in module.states for spec in g.states}
+
+    def _empty(self, group: StateGroup, name: str) -> Tensor:
+        value = self.inputs[name].meta["val"]
+        shape = (len(self.blocks[group.name]), *(int(d) for d in value.shape[1:]))
+        return torch.full(shape, float("nan"), dtype=value.dtype)
+
+    def step(self, tokens: Tensor, start: int, observe: Observer | None) -> Tensor:
+        """Logits (T, V) of the rows ``tokens`` (1, T) at positions start, start + 1, …"""
+        rows = tokens.shape[1]
+        positions = torch.arange(start, start + rows)
+        values = {
+            "input_ids": tokens,
+            "position_ids": positions[None],
+            "cu_seqlens": torch.tensor([0, rows], dtype=torch.int32),
+            "seq_lens": torch.tensor([start + rows], dtype=torch.int32),
+            "rope_lens": torch.full((1, rows), start + rows),
+            "logit_rows": torch.arange(rows),
+            **self.states,
+        }
+        for group in self.module.states:
+            values[f"block_table_{group.name}"] = self.blocks[group.name][None].int()
+            values[f"slot_mapping_{group.name}"] = slots(group, self.blocks[group.name], positions)
+        given = {name: values[name] for name in self.inputs if name in values}
+        outputs = run_module(self.module, self.function, given, observe)
+        self.states = {name: outputs[index] for name, index in self.module.state_outputs.items()}
+        return outputs[0][0]
+
+
+def slots(group: StateGroup, blocks: Tensor, positions: Tensor) -> Tensor:
+    """Flat slot of each position of a sequence, as StateGroup says."""
+    if group.kind == "ring":
+        wrapped = group.sinks + (positions - group.sinks) % (group.block_size - group.sinks)
+        return blocks[0] * group.block_size + torch.where(positions < group.sinks, positions, wrapped)
+    return blocks[positions // group.block_size] * group.block_size + positions % group.block_size
