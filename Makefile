@@ -35,10 +35,10 @@ check: $(STAMP) ## Format, lint, types, import contracts, fast tests (under a mi
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/render.py --check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow and not gpu'
 
 test: $(STAMP) ## Everything that runs without a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not gpu'
 
 test-gpu: $(STAMP) ## The tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
