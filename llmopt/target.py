@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -18,7 +17,8 @@ class TargetInfo:
 
     ``functions``: the functions a module forks into: ``("step",)`` when one function serves decode and
     prefill, else ``("decode", "extend")``. ``layouts``: KV layouts it can run. ``dtypes``: compute dtypes.
-    ``quant_bits``: weight bit widths of ``llmopt.linear_q`` it supports.
+    ``quant_bits``: weight bit widths of ``llmopt.linear_q`` it supports; ``quant_experts``: of
+    ``llmopt.moe_experts_q`` as well.
     """
 
     name: str
@@ -26,6 +26,7 @@ class TargetInfo:
     layouts: tuple[str, ...] = ("slots",)
     dtypes: tuple[str, ...] = ("float32",)
     quant_bits: tuple[int, ...] = ()
+    quant_experts: bool = False
 
 
 class WeightReader(Protocol):

@@ -154,4 +154,47 @@ class ConcatColumns(Weight):
         return torch.cat([source.read(start, stop) for source in self.sources], dim=1)
 
 
+@dataclass(frozen=True)
+class Sliced(Weight):
+    """[start, stop) of one axis of a weight: a rank's share."""
+
+    source: Weight
+    axis: int
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        shape = list(self.source.shape)
+        if not 0 <= self.start <= self.stop <= shape[self.axis]:
+            raise ValueError(f"[{self.start}, {self.stop}) lies outside axis {self.axis} of {tuple(shape)}")
+        shape[self.axis] = self.stop - self.start
+        object.__setattr__(self, "shape", tuple(shape))
+        object.__setattr__(self, "dtype", self.source.dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        if self.axis == 0:
+            return self.source.read(self.start + start, self.start + stop)
+        return self.source.read(start, stop).narrow(self.axis, self.start, self.stop - self.start).contiguous()
+
+    def parts(self) -> tuple[WeightPart, ...]:
+        if self.axis != 0:
+            return self.source.parts()
+        found = []
+        for part in self.source.parts():
+            low, high = max(part.start, self.start), min(part.start + part.rows, self.stop)
+            if low < high:
+                found.append(WeightPart(part.name, low - self.start, high - low))
+        return tuple(found)
+
+
+def checkpoint_names(name: str, weight: Weight) -> tuple[str, ...]:
+    """The checkpoint tensors a weight is made of, in order; ``name``, its own, where it does not say."""
+    if isinstance(weight, Cast | Transposed | Sliced):
+        return checkpoint_names(name, weight.source)
+    if isinstance(weight, Concat | ConcatColumns):
+        found = [n for source in weight.sources for n in checkpoint_names(name, source)]
+        return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(part.name for part in weight.parts())) or (name,)
+
+
 WeightTable = dict[str, Weight]

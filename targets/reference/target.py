@@ -19,6 +19,7 @@ class ReferenceTarget:
         layouts=("paged", "slots", "ring"),
         dtypes=("float32", "bfloat16", "float16"),
         quant_bits=(2, 3, 4, 5, 6, 7, 8),
+        quant_experts=True,
     )
 
     def build(self, program: Program, weights: Mapping[str, WeightReader], ctx: BuildContext) -> TargetFiles:
