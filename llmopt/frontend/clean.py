@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from llmopt.errors import UnsupportedModelError
+from llmopt.frontend.fills import fold_fills
 
 PREFIX = "model_to_capture."  # the wrapper's attribute, see tracing.Step
 aten = torch.ops.aten
@@ -26,6 +27,7 @@ def import_graph(program: ExportedProgram) -> fx.Graph:
     copy_nodes(graph, program.graph_module, {}, targets)
     for node in list(graph.nodes):
         simplify(graph, node)
+    fold_fills(graph)
     purify(graph)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     graph.lint()

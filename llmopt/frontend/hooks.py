@@ -20,6 +20,7 @@ from llmopt.errors import UnsupportedModelError
 
 NAME = "llmopt"
 CAUSAL, SLIDING = "create_causal_mask", "create_sliding_window_causal_mask"
+RECURRENT = "create_recurrent_attention_mask"  # a padding mask: None without padding, whatever the layer does
 MASK_MAKERS = [name for name in dir(masking_utils) if name.startswith("create_") and name.endswith("_mask")]
 EXTRA_MASKS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
 
@@ -100,6 +101,8 @@ def mask_maker(state: Capture, name: str) -> Callable[..., Tensor | None]:
     def make(config: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         extra = [key for key in EXTRA_MASKS if kwargs.get(key) is not None]
         kind: int | str = 0
+        if name == RECURRENT:
+            return None
         if name not in (CAUSAL, SLIDING) or extra or not getattr(config, "is_causal", True):
             kind = " with ".join((name, *extra))
         elif name == SLIDING:

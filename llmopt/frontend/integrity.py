@@ -94,17 +94,24 @@ def check_graph(module: Module, model: PreTrainedModel, state: Capture) -> int |
     return switches.pop() if switches else None
 
 
+def unseen_layers(model: PreTrainedModel, state: Capture) -> list[nn.Module]:
+    """Decoder layers with no attention call the hooks saw."""
+    seen = set(state.attention)
+    return [
+        layer
+        for layer in layers(model, layer_count(model))
+        if not seen & {state.paths[m] for m in layer.modules() if m in state.paths}
+    ]
+
+
 def check_layers(graph: fx.Graph, model: PreTrainedModel, state: Capture) -> None:
     """Every layer has its attention op, and the graph as many as the hooks saw."""
     count = len(graph.find_nodes(op="call_function", target=torch.ops.llmopt.attention.default))
-    expected = layers(model, layer_count(model))
-    for layer in expected:
-        paths = {state.paths[m] for m in layer.modules() if m in state.paths}
-        if not paths & set(state.attention):
-            raise UnsupportedModelError(
-                "the layer mixes tokens outside transformers' attention interface", where=describe(model, mixer(layer))
-            )
-    if not expected or count != len(state.attention):
+    for layer in unseen_layers(model, state):
+        raise UnsupportedModelError(
+            "the layer mixes tokens outside transformers' attention interface", where=describe(model, mixer(layer))
+        )
+    if not layers(model, layer_count(model)) or count != len(state.attention):
         raise UnsupportedModelError(
             f"{count} attention ops captured, {len(state.attention)} called, {layer_count(model)} layers configured",
             where=type(model).__name__,
@@ -145,6 +152,8 @@ def reduces_rows(node: fx.Node) -> bool:
     given = {**dict(zip((a.name for a in schema), node.args)), **node.kwargs}
     default = {a.name: a.default_value for a in schema}
     axes = next((given.get(k, default.get(k)) for k in ("dim", "dims") if k in default), None)
+    if "other" in default:
+        return False
     if axes is None:
         axes = list(range(source.dim()))
     axes = axes if isinstance(axes, list | tuple) else [axes]

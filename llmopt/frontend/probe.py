@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from llmopt.ir.ops.moe import ACTIVATIONS, gate
 from llmopt.ir.ops.norm import rms_norm
-from llmopt.ir.ops.rope import rope
 
 ROWS = 5
 MAX_WIDTH = 1 << 17
@@ -54,10 +53,14 @@ def close(a: Any, b: Tensor, tolerance: float = 1e-5) -> bool:
 def norm_width(module: nn.Module) -> int | None:
     """Length of the axis a leaf module could normalize: that of its only parameter, a vector called weight."""
     parameters = dict(module.named_parameters())
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return None
     if list(module.children()) or list(module.buffers()) or "norm" not in type(module).__name__.lower():
         return None
+    if isinstance(module, nn.LayerNorm):
+        return None  # one aten op already
     if not parameters:
-        return 64
+        return int((getattr(module, "normalized_shape", None) or (64,))[-1])
     weight = parameters.get("weight")
     if len(parameters) > 1 or weight is None or weight.dim() != 1 or weight.numel() > MAX_WIDTH:
         return None
@@ -67,7 +70,7 @@ def norm_width(module: nn.Module) -> int | None:
 def probe_norm(module: nn.Module) -> Norm | None:
     """The norm a module (perhaps on meta) computes, found by running a copy of it in fp32 and bf16; None if none."""
     width = norm_width(module)
-    if width is None or isinstance(module, nn.LayerNorm | nn.RMSNorm) and not module.elementwise_affine:
+    if width is None:
         return None
     weighted = next(module.parameters(), None) is not None
     trial = copy.deepcopy(module).to_empty(device="cpu").float()
@@ -127,10 +130,16 @@ def probe_activation(module: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class RopeForm:
-    """How a Python function rotates: pairing, and the axis of q and k that holds heads (1) or rows (2)."""
+    """How a Python function rotates: its pairing, whether it sorts the pairs into halves first, tensors it takes."""
 
     interleaved: bool
+    sorts: bool
     tensors: int
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.sorts:
+            x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+        return torch.ops.llmopt.rope(x, cos, sin, self.interleaved)  # type: ignore[no-any-return]
 
 
 def probe_rope(function: Callable[..., Any], expand: Callable[[Tensor], Tensor], extra: int) -> RopeForm | None:
@@ -148,9 +157,10 @@ def probe_rope(function: Callable[..., Any], expand: Callable[[Tensor], Tensor],
     results = result if isinstance(result, tuple) else (result,)
     if len(results) != tensors:
         return None
-    for interleaved in (False, True):
-        if all(close(r, rope(x, cos, sin, interleaved)) for r, x in zip(results, parts)):
-            return RopeForm(interleaved, tensors)
+    for interleaved, sorts in ((False, False), (True, False), (False, True)):
+        form = RopeForm(interleaved, sorts, tensors)
+        if all(close(r, form(x, cos, sin)) for r, x in zip(results, parts)):
+            return form
     return None
 
 

@@ -11,7 +11,6 @@ from types import FunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -149,7 +148,7 @@ def rotate(form: RopeForm, values: list[Tensor], cos: Tensor, sin: Tensor, axis:
     """llmopt.rope of each tensor, heads in axis 1 (or 2, then turned)."""
     if axis == 2:
         return tuple(v.transpose(1, 2) for v in as_tuple(rotate(form, [v.transpose(1, 2) for v in values], cos, sin, 1)))
-    turned = tuple(torch.ops.llmopt.rope(v, cos, sin, form.interleaved) for v in values)
+    turned = tuple(form(v, cos, sin) for v in values)
     return turned if form.tensors > 1 else turned[0]
 
 

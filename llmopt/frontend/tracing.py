@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +15,7 @@ from llmopt.frontend.checkpoint import Checkpoint
 from llmopt.frontend.clean import import_graph
 from llmopt.frontend.fold import fold
 from llmopt.frontend.hooks import NAME, Capture, installed
-from llmopt.frontend.integrity import check_graph, check_interfaces
+from llmopt.frontend.integrity import check_graph, check_interfaces, describe, mixer, unseen_layers
 from llmopt.frontend.ledger import Ledger, take_ledger
 from llmopt.frontend.model import build_model, computed_buffers, model_config
 from llmopt.frontend.names import find_weights
@@ -64,7 +63,7 @@ def capture(checkpoint: Checkpoint, dtype: torch.dtype | None = None, max_contex
     tables, known = raise_modules(model, state, config.max_context)
     modules = python_modules(model)
     with installed(state, modules), raised_functions(modules, tables):
-        program = export(model, config)
+        program = export(model, config, state)
     graph = import_graph(program)
     table = rename_weights(graph, weights, {**buffers, **known})
     fold(graph, table)
@@ -74,7 +73,7 @@ def capture(checkpoint: Checkpoint, dtype: torch.dtype | None = None, max_contex
     return Captured(module, take_ledger(graph))
 
 
-def export(model: PreTrainedModel, config: ModelConfig) -> ExportedProgram:
+def export(model: PreTrainedModel, config: ModelConfig, state: Capture) -> ExportedProgram:
     """Trace the model with a symbolic number of rows T; raises UnsupportedModelError when tracing fails."""
     rows = Dim("T", min=1, max=max(config.max_context, 2 * EXAMPLE_ROWS))
     inputs = tuple(torch.zeros(1, EXAMPLE_ROWS, dtype=torch.int64, device="meta") for _ in range(2))
@@ -86,21 +85,24 @@ def export(model: PreTrainedModel, config: ModelConfig) -> ExportedProgram:
     except LlmoptError:
         raise
     except Exception as error:
-        place = failing_module(error, model)
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise UnsupportedModelError(f"tracing failed: {first}", where=place) from error
+        if first.startswith("Constraints violated"):
+            first = "what it computes depends on the number of rows"
+        raise UnsupportedModelError(f"tracing failed: {first}", where=failing_module(error, model, state)) from error
 
 
-def failing_module(error: BaseException, model: nn.Module) -> str:
-    """Path and class of the innermost module whose forward was running when tracing failed."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    place, trace = type(model).__name__, error.__traceback__
+def failing_module(error: BaseException, model: PreTrainedModel, state: Capture) -> str:
+    """Path and class of the innermost module whose forward was running, else of a mixer no hook has seen."""
+    found: nn.Module = model
+    names, trace = {id(module) for module in model.modules()}, error.__traceback__
     while trace is not None:
-        owner: Any = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in paths:
-            place = f"{paths[id(owner)]} ({type(owner).__name__})"
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            found = owner
         trace = trace.tb_next
-    return place
+    if found is model:
+        found = next((mixer(layer) for layer in unseen_layers(model, state)), model)
+    return describe(model, found)
 
 
 def rename_weights(
