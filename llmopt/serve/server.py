@@ -1,0 +1,143 @@
+"""Runs the API process: binds the port, starts the engine process, serves until told to stop or the engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import uvicorn
+
+from llmopt.errors import LlmoptError, ResourceError
+from llmopt.runtime.chat import ChatTemplate
+from llmopt.runtime.tokenizer import Tokenizer
+from llmopt.serve.answer import Model
+from llmopt.serve.app import build_app
+from llmopt.serve.client import EngineClient
+from llmopt.serve.engine_process import EngineOptions
+
+DEAD_SECONDS = 2.0
+"""How long /health says 503 after the engine died, before this process exits."""
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where to listen, under which name, and how long a shutdown waits for running requests (seconds)."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str = "model"
+    drain_seconds: float = 30.0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket (port 0: any free one). Raises ResourceError when the address cannot be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        listener = socket.socket(family, kind)
+    except OSError as error:
+        raise ResourceError(f"cannot listen on {host}: {error.strerror or error}", hint="check --host") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ResourceError(f"port {port} is in use on {host}", hint="choose another --port") from error
+        raise ResourceError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return listener
+
+
+def engine_command(options: EngineOptions) -> list[str]:
+    """The command line of the engine process; ``{}`` stands for its socket's descriptor."""
+    return [sys.executable, "-m", "llmopt.serve.engine_process", "{}", options.to_json()]
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, leaving signals to us: it would end the process by the signal instead of an exit code."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(
+    options: ServerOptions,
+    command: Sequence[str],
+    tokenizer: Tokenizer,
+    chat: ChatTemplate | None,
+    announce: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain. ``announce`` gets the base URL once requests are answered.
+
+    Raises ResourceError when the port is taken, the engine's typed error when it could not load or died.
+    """
+    listener = listen(options.host, options.port)
+    with listener:
+        asyncio.run(_serve(options, command, tokenizer, chat, announce, listener))
+
+
+async def _serve(
+    options: ServerOptions,
+    command: Sequence[str],
+    tokenizer: Tokenizer,
+    chat: ChatTemplate | None,
+    announce: Callable[[str], None],
+    listener: socket.socket,
+) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    client = EngineClient(command)
+    try:
+        connecting = asyncio.create_task(client.connect())
+        if not await _first(connecting, stop):
+            return
+        model = Model(options.model_name, tokenizer, chat, await connecting, int(time.time()))
+        config = uvicorn.Config(
+            build_app(model, client),
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=round(options.drain_seconds),
+        )
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        announce(_url(listener))
+        if not await _first(asyncio.create_task(client.died.wait()), stop, serving):
+            server.should_exit = True
+        else:
+            await asyncio.sleep(DEAD_SECONDS)
+            server.should_exit = server.force_exit = True
+        await serving
+        if client.failure is not None:
+            raise client.failure
+    finally:
+        await client.close()
+
+
+async def _first(wanted: asyncio.Task[object], stop: asyncio.Event, *others: asyncio.Task[object]) -> bool:
+    """Whether ``wanted`` is done before ``stop`` is set (or one of the others ends); it is cancelled if not."""
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait((wanted, stopped, *others), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if wanted.done():
+        return True
+    wanted.cancel()
+    with contextlib.suppress(asyncio.CancelledError, LlmoptError):
+        await wanted
+    return False
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
