@@ -1,0 +1,1 @@
+"""The onnxruntime target: ONNX with contrib operators, written directly from the lowered program."""

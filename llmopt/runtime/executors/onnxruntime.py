@@ -1,0 +1,115 @@
+"""The onnxruntime executor: one model, slots of KV state shared as past and present, sampling on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmopt.errors import ExecutorError
+from llmopt.program import Program
+from llmopt.runtime.executors.onnxruntime_calls import Call, calls_of
+from llmopt.runtime.executors.onnxruntime_session import StepContext, open_session, rotary_tables
+from llmopt.runtime.executors.onnxruntime_state import SlotStates
+from llmopt.runtime.golden import check_golden
+from llmopt.runtime.protocol import ExecutorLimits, FloatArray, StepBatch, StepOutput
+from llmopt.runtime.ragged import logit_rows
+from llmopt.runtime.sampler import HostSampler
+from llmopt.target import LoadOptions, WeightStore
+
+if TYPE_CHECKING:
+    from llmopt.artifact import Artifact
+
+MODEL_FILE, COPY_FILE = "model.onnx", "copy.onnx"
+MAX_TOKENS_PER_STEP = 512
+"""Attention scores of a chunk take heads x chunk x context x 4 bytes; beyond ~128 rows the products gain nothing."""
+
+
+class OnnxruntimeExecutor:
+    """Runs steps at submit: one call for all one-row sequences, one for each prefill chunk.
+
+    ``model`` and ``copier`` are the bytes of model.onnx and copy.onnx; ``options.device`` is ``cpu`` or ``cuda``
+    (``cuda:1``). Raises ResourceError when the provider, or memory for one slot, is missing.
+    """
+
+    def __init__(
+        self, program: Program, model: bytes, copier: bytes, weights: WeightStore, options: LoadOptions
+    ) -> None:
+        self.program, self.state_plan = program, program.states
+        group = program.states.groups[0]
+        context = min(options.max_context or program.max_context, program.max_context)
+        self.session = open_session(model, weights, options)
+        self.states = SlotStates(group, context, copier, options)
+        tables = rotary_tables(self.session, weights, self.states.capacity)
+        self.context = StepContext(self.session, self.states, tables)
+        self.limits = ExecutorLimits(
+            max_context=context,
+            max_sequences=min(options.max_sequences, self.states.slots),
+            max_tokens_per_step=MAX_TOKENS_PER_STEP,
+            blocks={group.name: self.states.slots},
+            vocab_size=program.vocab_size,
+            rope_switch=program.rope_switch,
+        )
+        self.sampler = HostSampler(program.vocab_size)
+        self.done: dict[int, StepOutput] = {}
+        self.tickets = 0
+
+    def submit(self, batch: StepBatch) -> int:
+        """Run the step now; the result waits for collect."""
+        for admission in batch.admit:
+            self.sampler.admit(admission)
+        for op in batch.ops:
+            self.states.apply(op)
+        self.tickets += 1
+        self.done[self.tickets] = self._run(batch) if batch.rows else StepOutput({})
+        for seq_id in batch.release:
+            self.sampler.release(seq_id)
+        return self.tickets
+
+    def collect(self, ticket: int) -> StepOutput:
+        """The outputs of a submitted step; raises ExecutorError for an unknown ticket."""
+        if ticket not in self.done:
+            raise ExecutorError(f"step {ticket} was never submitted or was already collected")
+        return self.done.pop(ticket)
+
+    def close(self) -> None:
+        """Drop the session, its weights and the states."""
+        self.states.close()
+        self.__dict__.pop("context", None)
+        self.__dict__.pop("session", None)
+
+    def _run(self, batch: StepBatch) -> StepOutput:
+        slots = [int(row.blocks[self.states.group.name][0]) for row in batch.rows]
+        logits: dict[int, FloatArray] = {}
+        for call in calls_of(batch.rows, slots, self.states, self.sampler.last):
+            logits |= self._call(call)
+        drawn = [row.seq_id for row in batch.rows if row.sample]
+        last = np.stack([logits[seq_id][-1] for seq_id in drawn]) if drawn else np.zeros((0, 0), np.float32)
+        sampled = self.sampler.sample_rows(drawn, last, batch.masks) if drawn else []
+        asked = {row.seq_id: logits[row.seq_id] for row in batch.rows if row.logits != "none"}
+        return StepOutput(dict(zip(drawn, sampled)), asked)
+
+    def _call(self, call: Call) -> dict[int, FloatArray]:
+        """Logits each sequence of the call needs, (rows, vocab)."""
+        wanted = [logit_rows(row, start) for row, start in zip(call.rows, call.starts)]
+        rows = np.concatenate(wanted)
+        logits = self.context.run(call, rows)
+        self.states.wrote(call.slots, call.ends)
+        return split(logits, [row.seq_id for row in call.rows], [len(w) for w in wanted])
+
+
+def split(logits: FloatArray, seq_ids: Sequence[int], counts: Sequence[int]) -> dict[int, FloatArray]:
+    """Rows of the logits by sequence."""
+    return dict(zip(seq_ids, np.split(logits, np.cumsum(counts)[:-1])))
+
+
+def load(artifact: Artifact, options: LoadOptions) -> OnnxruntimeExecutor:
+    """The executor of an artifact built for onnxruntime, checked against its golden tokens.
+
+    Raises ExecutorError when the golden tokens come out differently: a provider can be wrong and deterministic.
+    """
+    model, copier = (artifact.file(name).read_bytes() for name in (MODEL_FILE, COPY_FILE))
+    executor = OnnxruntimeExecutor(artifact.program, model, copier, artifact.weight_store(), options)
+    check_golden(executor, artifact.manifest.golden, dtype=artifact.manifest.dtype)
+    return executor

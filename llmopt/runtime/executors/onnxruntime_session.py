@@ -1,0 +1,136 @@
+"""Sessions of the onnxruntime executor: providers, weights from the artifact, bindings of a step."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from llmopt.errors import ExecutorError, ResourceError
+from llmopt.runtime.protocol import FloatArray, IntArray
+from llmopt.target import LoadOptions, WeightStore
+
+if TYPE_CHECKING:
+    from llmopt.runtime.executors.onnxruntime_calls import Call
+    from llmopt.runtime.executors.onnxruntime_state import SlotStates
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+TABLES = "llmopt.rotary_tables"
+MAX_BINDINGS = 64
+
+
+def device_of(options: LoadOptions) -> tuple[str, int]:
+    """(kind, index) of ``cpu``, ``cuda`` or ``cuda:1``; raises ResourceError for anything else."""
+    kind, _, index = options.device.partition(":")
+    if kind not in PROVIDERS or (index and not index.isdigit()):
+        raise ResourceError(f"onnxruntime has no device {options.device!r}", hint="cpu, cuda or cuda:N")
+    return kind, int(index or 0)
+
+
+def new_session(model: bytes, settings: ort.SessionOptions, options: LoadOptions) -> ort.InferenceSession:
+    """A session on the options' device and no other; raises ResourceError when its provider is missing."""
+    kind, index = device_of(options)
+    provider = PROVIDERS[kind]
+    hint = "pip install 'llmopt[onnxruntime-gpu]' in place of onnxruntime" if kind == "cuda" else None
+    if provider not in ort.get_available_providers():
+        raise ResourceError(f"this onnxruntime has no {provider}", hint=hint)
+    chosen = [(provider, {"device_id": str(index)})] if kind == "cuda" else [provider]
+    settings.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(model, settings, providers=chosen)
+    except Exception as error:  # the binding raises RuntimeError, RuntimeException, Fail, InvalidGraph, …
+        raise ExecutorError(f"onnxruntime refused the model: {error}") from error
+    if session.get_providers()[0] != provider:
+        raise ResourceError(f"{provider} did not start; onnxruntime fell back to the CPU", hint="check its libraries")
+    return session
+
+
+def open_session(model: bytes, weights: WeightStore, options: LoadOptions) -> ort.InferenceSession:
+    """The model's session, its weights taken from the store without a copy (prepacked ones are copied once)."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    names = list(weights.names())
+    values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(weights.get(name))) for name in names]
+    settings.add_external_initializers(names, values)
+    return new_session(model, settings, options)
+
+
+def rotary_tables(session: ort.InferenceSession, weights: WeightStore, rows: int) -> dict[str, npt.NDArray[Any]]:
+    """The model's cos and sin inputs, (rows, F) by position; angles are rounded to fp32 as the program's are."""
+    described = json.loads(session.get_modelmeta().custom_metadata_map.get(TABLES, "{}"))
+    tables = {}
+    for name, table in described.items():
+        inv_freq = np.asarray(weights.get(table["inv_freq"]), np.float32)
+        angles = np.arange(rows, dtype=np.float32)[:, None] * inv_freq
+        wave = np.cos(angles) if table["function"] == "cos" else np.sin(angles)
+        tables[name] = (wave * np.float32(table["scale"])).astype(np.dtype(table["dtype"]))
+    return tables
+
+
+class StepContext:
+    """Runs calls of the model. Bindings of state addresses are kept by slot range: a call rebinds its rows only."""
+
+    def __init__(
+        self, session: ort.InferenceSession, states: SlotStates, tables: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        self.session, self.states = session, states
+        self.inputs = {i.name for i in session.get_inputs()}
+        self.vocab = int(session.get_outputs()[0].shape[-1])
+        self.tables = {
+            name: ort.OrtValue.ortvalue_from_numpy(table, states.device, states.index)
+            for name, table in tables.items()
+        }
+        self.rows = max((len(table) for table in tables.values()), default=0)
+        self.bindings: dict[tuple[int, int], Any] = {}
+
+    def run(self, call: Call, logit_rows: IntArray) -> FloatArray:
+        """Logits (len(logit_rows), vocab) of a call; raises ExecutorError when onnxruntime fails."""
+        if self.rows and int(call.positions.max()) >= self.rows:
+            raise ExecutorError(f"position {call.positions.max()} is past the context of {self.rows - 1}")
+        binding = self._binding(call.low, len(call.lengths))
+        prunes = "logit_rows" in self.inputs
+        wanted = logit_rows if len(logit_rows) else np.zeros(1, np.int64)
+        feeds = {
+            "input_ids": call.tokens,
+            "position_ids": call.positions,
+            "rope_lens": call.rope_lens,
+            "logit_rows": wanted,
+            "seqlens_k": (call.lengths - 1).astype(np.int32),
+            "total_sequence_length": np.array(call.lengths.max(), np.int32),
+        }
+        for name in self.inputs & feeds.keys():
+            binding.bind_cpu_input(name, feeds[name])
+        count = len(wanted) if prunes else call.tokens.shape[1]
+        logits: FloatArray = np.empty((1, count, self.vocab), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # the binding's exceptions have no common base but Exception
+            raise ExecutorError(f"onnxruntime failed: {error}") from error
+        binding.synchronize_outputs()
+        return logits[0, : len(logit_rows)] if prunes else logits[0, logit_rows]
+
+    def _binding(self, low: int, count: int) -> Any:
+        """The binding of a slot range: states in place as past and present, and the tables."""
+        if (low, count) not in self.bindings:
+            if len(self.bindings) >= MAX_BINDINGS:
+                self.bindings.clear()
+            self.bindings[low, count] = self._bind(low, count)
+        return self.bindings[low, count]
+
+    def _bind(self, low: int, count: int) -> Any:
+        binding, states = self.session.io_binding(), self.states
+        dtype = np.dtype(states.dtype)
+        for name, shape in states.shapes.items():
+            place = (states.device, states.index, dtype, (count, *shape[1:]), states.memory.address(name, low))
+            binding.bind_input(name, *place)
+            binding.bind_output(f"present_{name}", *place)
+        for name, table in self.tables.items():
+            binding.bind_ortvalue_input(name, table)
+        return binding
+
