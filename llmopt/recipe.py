@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from llmopt.errors import ConfigError
-from llmopt.registry import did_you_mean, load_pass, names, recipe_path
+from llmopt.registry import did_you_mean, load_pass, recipe_path
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +79,6 @@ def parse_recipe(text: str, name: str = "recipe", where: str | None = None) -> R
         raise ConfigError(_first(error), where=where) from error
     if file.max_context is not None and file.max_context < 1:
         raise ConfigError("max_context must be at least 1", where=where)
-    if file.target not in names("targets"):
-        raise ConfigError(
-            f"unknown target {file.target!r}", where=where, hint=did_you_mean(file.target, names("targets"))
-        )
     entries = [_entry(item, f"{where}, pass {i + 1}") for i, item in enumerate(file.passes)]
     passes = tuple(build_pass(n, options, f"{where}, pass {i + 1}") for i, (n, options) in enumerate(entries))
     canonical = file.model_dump() | {"passes": [{n: dict(sorted(o.items()))} if o else n for n, o in entries]}

@@ -43,7 +43,7 @@ class Feed:
     """The inputs of one sequence and its states between steps."""
 
     def __init__(self, module: Module, function: str, length: int) -> None:
-        self.module, self.function = module, function
+        self.module, self.function, self.length = module, function, length
         self.inputs = {n.name: n for n in module.functions[function].graph.nodes if n.op == "placeholder"}
         self.blocks = {g.name: torch.arange(g.blocks_for(length)).flip(0) for g in module.states}
         self.states = {spec.input: self._empty(g, spec.input) for g in module.states for spec in g.states}
@@ -62,7 +62,8 @@ class Feed:
             "position_ids": positions[None],
             "cu_seqlens": torch.tensor([0, rows], dtype=torch.int32),
             "seq_lens": torch.tensor([start + rows], dtype=torch.int32),
-            "rope_lens": torch.full((1, rows), start + rows),
+            # of the whole sequence: longrope's choice of table must not depend on how the steps are cut
+            "rope_lens": torch.full((1, rows), self.length),
             "logit_rows": torch.arange(rows),
             **self.states,
         }

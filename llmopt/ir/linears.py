@@ -15,11 +15,17 @@ LINEAR = aten.linear.default
 
 
 def source_linear(value: object) -> fx.Node | None:
-    """The linear a value comes from, through ops that act on their first argument (views, rope, norms, scaling)."""
+    """The linear a value comes from, through ops that act on their first argument (views, rope, norms, scaling).
+
+    Pieces put together again (a norm a head) count when they all come from one linear.
+    """
     while isinstance(value, fx.Node) and value.op == "call_function":
         if value.target is LINEAR:
             return value
         value = value.args[0] if value.args else None
+        if isinstance(value, list | tuple):
+            sources = {source_linear(piece) for piece in value}
+            return sources.pop() if len(sources) == 1 else None
     return None
 
 
