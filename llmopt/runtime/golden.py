@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmopt.errors import ExecutorError
 from llmopt.runtime.protocol import Admission, Executor, IntArray, SamplingParams, SeqStep, StepBatch
 
+if TYPE_CHECKING:
+    from llmopt.artifact.manifest import Golden
+
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 1e-1}
 """Lead a choice must have, relative to the largest logit, to count: below it rounding may decide. ``int8`` is
 for quantized activations."""
 
 
-class GoldenTokens(Protocol):
-    """A prompt, its greedy continuation, and by how much each choice led the runner-up (logits)."""
-
-    @property
-    def prompt(self) -> Iterable[int]: ...
-
-    @property
-    def tokens(self) -> Iterable[int]: ...
-
-    @property
-    def margins(self) -> Iterable[float]: ...
-
-
-def check_golden(executor: Executor, golden: Iterable[GoldenTokens], *, dtype: str) -> int:
+def check_golden(executor: Executor, golden: Iterable[Golden], *, dtype: str) -> int:
     """Run each prompt alone, feeding the golden tokens back, and compare every greedy choice.
 
     ``dtype`` names the entry of TOLERANCES. Returns the number of choices compared (those that led by more than the
@@ -40,19 +30,22 @@ def check_golden(executor: Executor, golden: Iterable[GoldenTokens], *, dtype: s
     return compared
 
 
-def check_one(executor: Executor, seq_id: int, entry: GoldenTokens, tolerance: float) -> int:
+def check_one(executor: Executor, seq_id: int, entry: Golden, tolerance: float) -> int:
     """Choices compared for one prompt."""
-    prompt, tokens = np.array(list(entry.prompt), np.int64), [int(t) for t in entry.tokens]
+    prompt, tokens = np.array(entry["prompt"], np.int64), entry["tokens"]
     if len(prompt) + len(tokens) > executor.limits.max_context:
         return 0
     fed = np.concatenate((prompt, np.array(tokens[:-1], np.int64)))
     admit: tuple[Admission, ...] = (Admission(seq_id, prompt, SamplingParams(temperature=0)),)
-    compared, choices = 0, zip(tokens, entry.margins, strict=True)
+    compared, choices = 0, zip(tokens, entry["margins"], strict=True)
     for start, stop in pieces(executor, len(prompt), len(fed)):
-        row = SeqStep(seq_id, fed[start:stop], start, blocks(executor, stop), **wants(stop >= len(prompt)))
+        done = stop >= len(prompt)
+        row = SeqStep(
+            seq_id, fed[start:stop], start, blocks(executor, stop), sample=done, logits="last" if done else "none"
+        )
         output = executor.collect(executor.submit(StepBatch((row,), admit=admit)))
         admit = ()
-        if stop < len(prompt):
+        if not done:
             continue
         token, margin = next(choices)
         largest = float(np.abs(output.logits[seq_id][-1]).max())
@@ -64,11 +57,6 @@ def check_one(executor: Executor, seq_id: int, entry: GoldenTokens, tolerance: f
                 raise ExecutorError(what, hint="this device or library computes the model wrongly; use another")
     executor.collect(executor.submit(StepBatch((), release=(seq_id,))))
     return compared
-
-
-def wants(complete: bool) -> dict[str, object]:
-    """Options of a row: once the prompt is in, its logits and a token."""
-    return {"sample": complete, "logits": "last" if complete else "none"}
 
 
 def pieces(executor: Executor, prompt: int, total: int) -> list[tuple[int, int]]:

@@ -89,10 +89,10 @@ def flat(e: Emitter, x: Arg) -> str:
     return e.reshape(rows(e, x), (1, length, int(heads) * int(width)))
 
 
-def by_sequence(e: Emitter, name: str, width: int) -> str:
-    """(1, T, width) rows of equally long pieces as (B, S, width)."""
+def by_sequence(e: Emitter, name: str, width: int | None) -> str:
+    """(1, T, width) rows of equally long pieces as (B, S, width); without a width (1, T) as (B, S)."""
     batch = e.graph.node("Shape", SEQUENCE_LENGTHS)
-    shape = e.graph.node("Concat", batch, e.graph.const([-1, width]), axis=0)
+    shape = e.graph.node("Concat", batch, e.graph.const([-1] if width is None else [-1, width]), axis=0)
     source = e.base.get(name, name)
     return e.graph.node("Reshape", source, shape)
 
@@ -159,7 +159,8 @@ def grouped(e: Emitter, call: OpCall, write: Write) -> bool:
         data = [by_sequence(e, n, int(h) * head) for n, h in zip(separate(e, call, write, tables), (heads, kv_heads, kv_heads))]
     window, sinks = int(args["window"]), e.optional(args["sinks"])  # type: ignore[arg-type]
     cos, sin = tables or ("", "")
-    tail = (SEQUENCE_LENGTHS, LONGEST, cos, sin, "", "", sinks)
+    positions = by_sequence(e, e.ref(Ref("position_ids")), None) if tables else ""
+    tail = (SEQUENCE_LENGTHS, LONGEST, cos, sin, positions, "", sinks)
     last = max(i for i, name in enumerate(tail) if name) + 1
     k_final, v_final = write.call.outputs[-2:]
     names = (f"attention_{len(e.graph.nodes)}", *(f"present_{ref.name}" for ref in (write.k_state, write.v_state)))  # type: ignore[union-attr]

@@ -32,6 +32,7 @@ def linear_q(e: Emitter, call: OpCall) -> None:
         x, columns, bits = e.graph.node("Concat", x, x, axis=-1), 2 * weight.padded, 4
     attributes = {"K": columns, "N": weight.rows, "bits": bits, "block_size": weight.block}
     level = e.accuracy_level or None
+    e.rounds_activations |= bool(level)
     names = initializers(e, weight, e.type(call.args["x"]).dtype)
     result = e.graph.node("MatMulNBits", x, *names, domain=MICROSOFT, accuracy_level=level, **attributes)
     e.set(call, add_bias(e, call, result, e.out(call).dtype))

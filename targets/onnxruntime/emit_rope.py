@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+
 from llmopt.program import Arg, OpCall, Ref
 
 from .emitter import Emitter, dtype_of, emits
+from .readers import materialize
 
 
 @emits("llmopt.rotary_table")
@@ -70,9 +73,8 @@ def cache_tables(e: Emitter, cos: Arg, sin: Arg, dtype: str) -> tuple[str, str] 
     key = hashlib.sha256(f"{inv_freq.name} {args['scale']!r} {dtype}".encode()).hexdigest()[:8]
     names = (f"rotary_cos_{key}", f"rotary_sin_{key}")
     if names[0] not in e.tables:
-        width = e.shape(inv_freq)[0]
+        width, values = e.shape(inv_freq)[0], materialize(e.readers[inv_freq.name]).astype(np.float32).tolist()
         for name, function in zip(names, ("cos", "sin")):
             e.graph.input(name, dtype, ("context", width))
-            e.tables[name] = {"function": function, "inv_freq": inv_freq.name, "scale": args["scale"], "dtype": dtype}
-    e.cached_rotary = True
+            e.tables[name] = {"function": function, "inv_freq": values, "scale": args["scale"], "dtype": dtype}
     return names

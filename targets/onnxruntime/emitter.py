@@ -29,7 +29,8 @@ def emits(*ops: str) -> Callable[[Rule], Rule]:
 class Emitter:
     """State of one emission. ``values`` maps program values to ONNX names, ``producer`` to the call that made them.
 
-    ``base`` maps a reshaped ONNX value to what it reshapes: a reshape of a reshape needs the first one no more.
+    ``tables`` describes the rotary tables the executor is to bind, ``rounds_activations`` says that a quantized
+    linear may quantize its input. ``base`` maps a reshaped ONNX value to what it reshapes: a reshape of a reshape needs the first one no more.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Emitter:
         self.producer: dict[str, OpCall] = {}
         self.base: dict[str, str] = {}
         self.tables: dict[str, dict[str, Any]] = {}
-        self.cached_rotary = False
+        self.rounds_activations = False
 
     def run(self) -> None:
         """Emit every call; raises TargetError naming the one that has no rule."""

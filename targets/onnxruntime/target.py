@@ -48,12 +48,16 @@ class OnnxRuntimeTarget:
         emitter.run()
         declare_outputs(emitter, function)
         metadata = {"llmopt.rotary_tables": json.dumps(emitter.tables, sort_keys=True)}
+        metadata["llmopt.activations"] = "int8" if emitter.rounds_activations else function_dtype(function)
         model = emitter.graph.model(function.name, metadata)
         check(model)
-        kept = dict(emitter.graph.external)
-        kept |= {table["inv_freq"]: weights[table["inv_freq"]] for table in emitter.tables.values()}
         files = {MODEL_FILE: model.SerializeToString(deterministic=True), COPY_FILE: copy_model(program)}
-        return TargetFiles(files, dict(sorted(kept.items())), {"nodes": len(model.graph.node)})
+        return TargetFiles(files, dict(sorted(emitter.graph.external.items())), {"nodes": len(model.graph.node)})
+
+
+def function_dtype(function: Function) -> str:
+    """dtype the function computes in: that of its states."""
+    return function.types[next(iter(function.state_outputs))].dtype
 
 
 def accuracy_level(options: Mapping[str, object]) -> int:

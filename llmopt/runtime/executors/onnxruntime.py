@@ -10,7 +10,7 @@ import numpy as np
 from llmopt.errors import ExecutorError
 from llmopt.program import Program
 from llmopt.runtime.executors.onnxruntime_calls import Call, calls_of
-from llmopt.runtime.executors.onnxruntime_session import StepContext, open_session, rotary_tables
+from llmopt.runtime.executors.onnxruntime_session import StepContext, activations, open_session, rotary_tables
 from llmopt.runtime.executors.onnxruntime_state import SlotStates
 from llmopt.runtime.golden import check_golden
 from llmopt.runtime.protocol import ExecutorLimits, FloatArray, StepBatch, StepOutput
@@ -41,7 +41,7 @@ class OnnxruntimeExecutor:
         context = min(options.max_context or program.max_context, program.max_context)
         self.session = open_session(model, weights, options)
         self.states = SlotStates(group, context, copier, options)
-        tables = rotary_tables(self.session, weights, self.states.capacity)
+        tables = rotary_tables(self.session, self.states.capacity)
         self.context = StepContext(self.session, self.states, tables)
         self.limits = ExecutorLimits(
             max_context=context,
@@ -111,5 +111,5 @@ def load(artifact: Artifact, options: LoadOptions) -> OnnxruntimeExecutor:
     """
     model, copier = (artifact.file(name).read_bytes() for name in (MODEL_FILE, COPY_FILE))
     executor = OnnxruntimeExecutor(artifact.program, model, copier, artifact.weight_store(), options)
-    check_golden(executor, artifact.manifest.golden, dtype=artifact.manifest.dtype)
+    check_golden(executor, artifact.manifest.golden, dtype=activations(executor.session))
     return executor

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmopt.runtime.executors.onnxruntime_state import SlotStates
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-TABLES = "llmopt.rotary_tables"
+TABLES, ACTIVATIONS = "llmopt.rotary_tables", "llmopt.activations"
 MAX_BINDINGS = 64
 
 
@@ -60,16 +60,21 @@ def open_session(model: bytes, weights: WeightStore, options: LoadOptions) -> or
     return new_session(model, settings, options)
 
 
-def rotary_tables(session: ort.InferenceSession, weights: WeightStore, rows: int) -> dict[str, npt.NDArray[Any]]:
+def rotary_tables(session: ort.InferenceSession, rows: int) -> dict[str, npt.NDArray[Any]]:
     """The model's cos and sin inputs, (rows, F) by position; angles are rounded to fp32 as the program's are."""
     described = json.loads(session.get_modelmeta().custom_metadata_map.get(TABLES, "{}"))
     tables = {}
     for name, table in described.items():
-        inv_freq = np.asarray(weights.get(table["inv_freq"]), np.float32)
+        inv_freq = np.array(table["inv_freq"], np.float32)
         angles = np.arange(rows, dtype=np.float32)[:, None] * inv_freq
         wave = np.cos(angles) if table["function"] == "cos" else np.sin(angles)
         tables[name] = (wave * np.float32(table["scale"])).astype(np.dtype(table["dtype"]))
     return tables
+
+
+def activations(session: ort.InferenceSession) -> str:
+    """dtype of the activations, ``int8`` where quantized linears round them."""
+    return str(session.get_modelmeta().custom_metadata_map.get(ACTIVATIONS, "float32"))
 
 
 class StepContext:
