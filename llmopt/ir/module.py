@@ -28,9 +28,10 @@ class Module:
     """fx functions over shared weights.
 
     A function's placeholders are its inputs. A ``get_attr`` node is a weight: its target is the name in
-    ``weights`` and its value a fake tensor. ``dims`` maps a dim name to (min, max), and ``symbols`` the
-    ShapeEnv's symbol to the dim name. ``states`` is empty until rewrite_kv_cache; ``state_outputs`` maps a
-    function's state placeholder to the index of its final version among the outputs.
+    ``weights``, its ``meta["val"]`` a fake tensor; the fx module need not have the attribute. ``dims`` maps a
+    dim name to (min, max), and ``symbols`` the ShapeEnv's symbol to the dim name. ``states`` is empty until
+    rewrite_kv_cache; ``state_outputs`` maps a function's state placeholder to the index of its final version
+    among the outputs.
     """
 
     functions: dict[str, fx.GraphModule]
@@ -63,12 +64,11 @@ class Module:
         for node in function.graph.find_nodes(op="get_attr", target=name):
             return node  # type: ignore[no-any-return]
         entry = self.weights[name]
-        value = self.fake(entry.shape, entry.dtype)
-        attach(function, name, value)
         first = next(iter(function.graph.nodes))
         with function.graph.inserting_before(first):
-            node = function.graph.get_attr(name)
-        node.meta["val"] = value
+            # no attribute stands behind the node: beside X.weight there may be X.weight.codes
+            node = function.graph.create_node("get_attr", name)
+        node.meta["val"] = self.fake(entry.shape, entry.dtype)
         return node
 
     def prune_weights(self) -> None:
@@ -78,14 +78,17 @@ class Module:
             del self.weights[name]
 
 
-def attach(root: torch.nn.Module, name: str, value: Any) -> None:
-    """Set a dotted attribute, creating the containers on the way."""
+def attach(root: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Make ``name`` resolve on an fx root, which warns of get_attr nodes that name nothing.
+
+    Values are read from ``meta["val"]``, never from the root: a container may take the place of a tensor whose name
+    is a prefix (``a.weight`` and ``a.weight.codes``).
+    """
     *path, leaf = name.split(".")
     for part in path:
-        if not hasattr(root, part):
+        if not isinstance(getattr(root, part, None), torch.nn.Module):
+            if hasattr(root, part):
+                delattr(root, part)
             root.add_module(part, torch.nn.Module())
         root = getattr(root, part)
-    if isinstance(value, torch.Tensor):
-        root.register_buffer(leaf, value, persistent=False)  # fx warns of get_attr nodes that name neither
-    else:
-        setattr(root, leaf, value)
+    root.register_buffer(leaf, value, persistent=False)

@@ -12,6 +12,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 import llmopt.ir.ops  # noqa: F401  (registers the dialect)
 from llmopt.errors import PassError
 from llmopt.ir.module import Module
+from llmopt.ir.rewrite import same_shape
 
 STATE_WRITES: dict[Any, tuple[str, ...]] = {
     torch.ops.llmopt.kv_write.default: ("k_state", "v_state"),
@@ -29,18 +30,23 @@ BAD_TAGS = (
 def refresh(module: Module) -> None:
     """Recompute every node's ``meta["val"]`` from the placeholders'. Raises PassError naming the node that fails."""
     for name, function in module.functions.items():
+        _check_structure(name, function.graph)
         inputs = [n.meta["val"] for n in function.graph.nodes if n.op == "placeholder"]
-        kept = {n: n.meta["val"] for n in function.graph.nodes if n.op == "get_attr"}
-        propagation = FakeTensorProp(function, module.fake_mode)
+        propagation = Propagation(function, module.fake_mode)
         try:
-            function.recompile()
             propagation.propagate_dont_convert_inputs(*inputs)
         except Exception as error:
             node = next((n for n in function.graph.nodes if n not in propagation.env and n.op != "output"), None)
             what = f"shapes do not propagate: {str(error).splitlines()[0] if str(error) else error!r}"
             raise PassError(what, where=_where(name, node)) from error
-        for node, value in kept.items():
-            node.meta["val"] = value
+
+
+class Propagation(FakeTensorProp):
+    """FakeTensorProp that takes weights from their nodes: no attribute stands behind them."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's fake value."""
+        return n.meta["val"] if n.op == "get_attr" else super().run_node(n)
 
 
 def verify(module: Module, before: dict[str, Any] | None = None) -> None:
@@ -52,7 +58,7 @@ def verify(module: Module, before: dict[str, Any] | None = None) -> None:
     before a pass: logits keep dtype and vocabulary, original inputs their names and types.
     """
     for name, function in module.functions.items():
-        function.graph.lint()
+        _check_structure(name, function.graph)
         _check_nodes(module, name, function.graph)
         _check_states(module, name, function.graph)
     after = signature(module)
@@ -85,12 +91,27 @@ def is_known(target: Any) -> bool:
     return getattr(target, "__module__", None) in ("_operator", "math")
 
 
-def _check_nodes(module: Module, name: str, graph: fx.Graph) -> None:
-    weights: set[str] = set()
+def _check_structure(name: str, graph: fx.Graph) -> None:
+    """Arguments defined before their use, names unique, node kinds of the IR."""
+    defined: set[fx.Node] = set()
+    names: set[str] = set()
     for node in graph.nodes:
         where = _where(name, node)
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise PassError(f"node kind {node.op} does not belong to the IR", where=where)
+        late = [source.name for source in node.all_input_nodes if source not in defined]
+        if late:
+            raise PassError(f"it reads {late[0]}, which comes after it or is erased", where=where)
+        if node.name in names:
+            raise PassError("the name is used twice", where=where)
+        defined.add(node)
+        names.add(node.name)
+
+
+def _check_nodes(module: Module, name: str, graph: fx.Graph) -> None:
+    weights: set[str] = set()
+    for node in graph.nodes:
+        where = _where(name, node)
         if node.op == "output":
             _check_output(node, where)
             continue
@@ -143,6 +164,9 @@ def _check_states(module: Module, name: str, graph: fx.Graph) -> None:
         version = placeholders[spec.input]
         while (written := _next_version(version, order, name)) is not None:
             version = written
+        old, new = placeholders[spec.input].meta["val"], version.meta["val"]
+        if not same_shape(old, new) or old.dtype != new.dtype:
+            raise PassError(f"state {spec.input} changes its type", where=_where(name, version))
         if outputs[module.state_outputs[spec.input]] is not version:
             raise PassError(f"the final version of state {spec.input} is not its output", where=_where(name, version))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import fx
 
 from llmopt.ir.module import Module
@@ -20,4 +21,5 @@ def fork(module: Module, functions: tuple[str, ...]) -> None:
         for node in captured.graph.nodes:
             environment[node] = graph.node_copy(node, environment.__getitem__)
             environment[node].meta = copy.copy(node.meta)
-        module.functions[name] = fx.GraphModule(captured, graph)
+        module.functions[name] = fx.GraphModule(torch.nn.Module(), fx.Graph())
+        module.functions[name].graph = graph  # weights are nodes of the graph, not attributes to copy
