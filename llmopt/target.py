@@ -32,7 +32,10 @@ class TargetInfo:
 class WeightReader(Protocol):
     """A lazily materialized tensor: rows of axis 0 on demand, as numpy (bfloat16 and fp8 as ml_dtypes')."""
 
-    type: TensorType
+    @property
+    def type(self) -> TensorType:
+        """Shape and dtype."""
+        ...
 
     def chunks(self, max_bytes: int) -> Iterator[npt.NDArray[Any]]:
         """The tensor's rows in order, each chunk at most ``max_bytes`` (one row at least)."""

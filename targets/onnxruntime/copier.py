@@ -18,4 +18,4 @@ def copy_model(program: Program) -> bytes:
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=IR_VERSION, producer_name="llmopt"
     )
-    return model.SerializeToString(deterministic=True)
+    return bytes(model.SerializeToString(deterministic=True))

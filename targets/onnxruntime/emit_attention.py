@@ -113,7 +113,10 @@ def cached_attention(e: Emitter, call: OpCall) -> None:
         if grouped(e, call, write):
             return
         q = scatter_first(e, call, write)
-    e.set(call, plain_attention(e, call, by_sequence(e, q, flat_width(e, args["q"])), e.values[k_final], e.values[v_final]))
+    e.set(
+        call,
+        plain_attention(e, call, by_sequence(e, q, flat_width(e, args["q"])), e.values[k_final], e.values[v_final]),
+    )
 
 
 def flat_width(e: Emitter, x: Arg) -> int:
@@ -156,7 +159,10 @@ def grouped(e: Emitter, call: OpCall, write: Write) -> bool:
     if packed:
         data = [by_sequence(e, packed, (int(heads) + 2 * kv_heads) * head), "", ""]
     else:
-        data = [by_sequence(e, n, int(h) * head) for n, h in zip(separate(e, call, write, tables), (heads, kv_heads, kv_heads))]
+        data = [
+            by_sequence(e, n, int(h) * head)
+            for n, h in zip(separate(e, call, write, tables), (heads, kv_heads, kv_heads))
+        ]
     window, sinks = int(args["window"]), e.optional(args["sinks"])  # type: ignore[arg-type]
     cos, sin = tables or ("", "")
     positions = by_sequence(e, e.ref(Ref("position_ids")), None) if tables else ""

@@ -10,7 +10,7 @@ from .graph import MICROSOFT
 
 @emits("aten.linear.default")
 def linear(e: Emitter, call: OpCall) -> None:
-    """FusedMatMul with transB: packed at load from the checkpoint's own (N, K) layout, as fast as a stored transpose."""
+    """FusedMatMul with transB: packed at load from the checkpoint's (N, K), as fast as a stored transpose."""
     dtype = e.out(call).dtype
     x, w = e.operand(call.args["input"], dtype), e.operand(call.args["weight"], dtype)
     result = e.graph.node("FusedMatMul", x, w, domain=MICROSOFT, transB=1)

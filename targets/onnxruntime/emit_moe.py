@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from llmopt.program import Arg, OpCall, Ref, TensorType
@@ -11,8 +13,8 @@ from .emitter import Emitter, emits
 from .graph import MICROSOFT
 from .readers import Array, Derived
 
-OAI = {"activation_alpha": 1.702, "activation_beta": 1.0, "swiglu_limit": 7.0}
-SILU = {"activation_alpha": 1.0, "activation_beta": 0.0}
+OAI: dict[str, Any] = {"activation_alpha": 1.702, "activation_beta": 1.0, "swiglu_limit": 7.0}
+SILU: dict[str, Any] = {"activation_alpha": 1.0, "activation_beta": 0.0}
 UNCHOSEN = -1e30
 
 
@@ -37,10 +39,10 @@ def contrib(e: Emitter, call: OpCall, kind: str) -> str:
     total = g.node("Max", g.node("ReduceSum", weights, g.const([-1]), keepdims=1), tiny)
     logs = g.node("Log", g.node("Max", weights, tiny))
     router = spread(e, call, logs, UNCHOSEN)
-    interleaved = kind == "swiglu_oai"
-    inputs = [e.ref(args["x"]), router, *gate_up(e, args, interleaved), e.ref(args["down"]), e.optional(args["down_bias"])]
-    attributes = OAI if interleaved else SILU
-    shared = {"k": k, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
+    apart = kind == "silu"
+    inputs = [e.ref(args["x"]), router, *gate_up(e, args, apart), e.ref(args["down"]), e.optional(args["down_bias"])]
+    attributes = SILU if apart else OAI
+    shared: dict[str, Any] = {"k": k, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
     return g.node("Mul", g.node("MoE", *inputs, domain=MICROSOFT, **shared, **attributes), total)
 
 
@@ -52,24 +54,26 @@ def spread(e: Emitter, call: OpCall, values: str, empty: float) -> str:
     return e.graph.node("ScatterElements", base, e.operand(index, "int64"), values, axis=1)
 
 
-def gate_up(e: Emitter, args: dict[str, Arg], interleaved: bool) -> list[str]:
+def gate_up(e: Emitter, args: dict[str, Arg], apart: bool) -> list[str]:
     """fc1 weight and bias with gate and up rows interleaved, the only order the CPU kernel takes."""
-    if interleaved:
-        return [e.ref(args["gate_up"]), e.optional(args["gate_up_bias"])]
-    return [interleave(e, args["gate_up"]), "" if args["gate_up_bias"] is None else interleave(e, args["gate_up_bias"])]
+    weight, bias = args["gate_up"], args["gate_up_bias"]
+    if not apart:
+        return [e.ref(weight), e.optional(bias)]
+    return [interleaved(e, weight), "" if bias is None else interleaved(e, bias)]
 
 
-def interleave(e: Emitter, weight: Arg) -> str:
-    """(E, 2I, ...) with rows g0, u0, g1, u1, … in place of g0, g1, …, u0, u1, …"""
+def interleaved(e: Emitter, weight: Arg) -> str:
+    """A weight with the rows of gate and up interleaved, as a weight of its own."""
     assert isinstance(weight, Ref)
-
-    def transform(chunk: Array) -> Array:
-        count, rows = chunk.shape[:2]
-        halves = chunk.reshape(count, 2, rows // 2, *chunk.shape[2:])
-        return np.ascontiguousarray(np.moveaxis(halves, 1, 2)).reshape(chunk.shape)
-
     type_ = TensorType(e.shape(weight), e.type(weight).dtype)
-    return e.graph.weight(f"{weight.name}.interleaved", Derived(e.readers[weight.name], type_, transform))
+    return e.graph.weight(f"{weight.name}.interleaved", Derived(e.readers[weight.name], type_, interleave_rows))
+
+
+def interleave_rows(values: Array) -> Array:
+    """(n, 2I, …) with rows g0, u0, g1, u1, … in place of g0, g1, …, u0, u1, …"""
+    count, rows = values.shape[:2]
+    halves = values.reshape(count, 2, rows // 2, *values.shape[2:])
+    return np.ascontiguousarray(np.moveaxis(halves, 1, 2)).reshape(values.shape)
 
 
 def dense(e: Emitter, call: OpCall, kind: str) -> str:

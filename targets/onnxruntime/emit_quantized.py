@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def linear_q(e: Emitter, call: OpCall) -> None:
             pads = [0] * (2 * len(e.shape(call.args["x"])) - 1) + [weight.padded - columns]
             x = e.graph.node("Pad", x, e.graph.const(pads))
         x, columns, bits = e.graph.node("Concat", x, x, axis=-1), 2 * weight.padded, 4
-    attributes = {"K": columns, "N": weight.rows, "bits": bits, "block_size": weight.block}
+    attributes: dict[str, Any] = {"K": columns, "N": weight.rows, "bits": bits, "block_size": weight.block}
     level = e.accuracy_level or None
     e.rounds_activations |= bool(level)
     names = initializers(e, weight, e.type(call.args["x"]).dtype)

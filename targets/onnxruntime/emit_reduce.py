@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmopt.program import OpCall
 
-from .emitter import Emitter, axes, axis, emits
 from .emit_elementwise import stem
+from .emitter import Emitter, axes, axis, emits
 
 REDUCE = {"sum": "ReduceSum", "mean": "ReduceMean", "amax": "ReduceMax", "amin": "ReduceMin", "prod": "ReduceProd"}
 
@@ -49,7 +51,7 @@ def topk(e: Emitter, call: OpCall) -> None:
     source = call.args["self"]
     dim = axis(call.args["dim"], len(e.shape(source)))
     count = e.graph.const([call.args["k"]]) if isinstance(call.args["k"], int) else e.dims((call.args["k"],), False)
-    order = {"largest": int(bool(call.args["largest"])), "sorted": int(bool(call.args["sorted"]))}
+    order: dict[str, Any] = {"largest": int(bool(call.args["largest"])), "sorted": int(bool(call.args["sorted"]))}
     e.set(call, *e.graph.nodes_out("TopK", (e.ref(source), count), 2, axis=dim, **order))
 
 

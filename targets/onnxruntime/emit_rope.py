@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,10 @@ def rotate(e: Emitter, name: str, x: Arg, cos: Arg, sin: Arg, interleaved: Arg) 
     """``name``, which holds x (1, H, T, D) in any layout RotaryEmbedding takes, rotated by cos, sin (1, T, F)."""
     heads, width, dtype = e.shape(x)[1], e.shape(x)[3], e.type(x).dtype
     rotated = 2 * int(e.shape(cos)[2])
-    attributes = {"interleaved": int(bool(interleaved)), "rotary_embedding_dim": 0 if rotated == width else rotated}
+    attributes: dict[str, Any] = {
+        "interleaved": int(bool(interleaved)),
+        "rotary_embedding_dim": 0 if rotated == width else rotated,
+    }
     tables = (e.operand(cos, dtype), e.operand(sin, dtype))
     return e.graph.node("RotaryEmbedding", name, *tables, num_heads=heads, **attributes)
 
@@ -60,7 +64,8 @@ def cache_tables(e: Emitter, cos: Arg, sin: Arg, dtype: str) -> tuple[str, str] 
     position from its sequence's length. Tables as inputs take no room in the artifact and are as long as the
     context the executor is loaded for.
     """
-    assert isinstance(cos, Ref) and isinstance(sin, Ref)
+    assert isinstance(cos, Ref)
+    assert isinstance(sin, Ref)
     call = e.producer.get(cos.name)
     if call is None or call.op != "llmopt.rotary_table" or call.outputs != (cos.name, sin.name):
         return None

@@ -100,8 +100,8 @@ def repeat_interleave(e: Emitter, call: OpCall) -> None:
     shape = list(e.shape(source))
     dim = axis(call.args["dim"], len(shape))
     wide = e.graph.node("Unsqueeze", e.ref(source), e.graph.const([dim + 1]))
-    reps = [1] * (len(shape) + 1)
-    reps[dim + 1] = times  # type: ignore[call-overload]
+    reps: list[Arg] = [1] * (len(shape) + 1)
+    reps[dim + 1] = times
     e.set(call, e.reshape(e.graph.node("Tile", wide, e.dims(reps, False)), e.out(call).shape))
 
 

@@ -30,7 +30,8 @@ class Emitter:
     """State of one emission. ``values`` maps program values to ONNX names, ``producer`` to the call that made them.
 
     ``tables`` describes the rotary tables the executor is to bind, ``rounds_activations`` says that a quantized
-    linear may quantize its input. ``base`` maps a reshaped ONNX value to what it reshapes: a reshape of a reshape needs the first one no more.
+    linear may quantize its input. ``base`` maps a reshaped ONNX value to what it reshapes: a reshape of a reshape
+    needs the first one no more.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def spread(groups: npt.NDArray[Any], block_k: int, block: int, columns: int) -> 
 
 def nibbles(codes: Codes) -> tuple[Codes, Codes]:
     """High and low half of 8-bit codes: ``code = 16 * high + low``."""
-    return codes >> 4, codes & 15
+    return codes >> np.uint8(4), codes & np.uint8(15)
 
 
 def _pack(codes: Codes, bits: int) -> Codes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
+import onnxruntime as ort  # type: ignore[import-untyped]
 
 from llmopt.errors import ExecutorError, ResourceError
 from llmopt.runtime.protocol import FloatArray, IntArray
@@ -80,15 +80,12 @@ def activations(session: ort.InferenceSession) -> str:
 class StepContext:
     """Runs calls of the model. Bindings of state addresses are kept by slot range: a call rebinds its rows only."""
 
-    def __init__(
-        self, session: ort.InferenceSession, states: SlotStates, tables: dict[str, npt.NDArray[Any]]
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession, states: SlotStates, tables: dict[str, npt.NDArray[Any]]) -> None:
         self.session, self.states = session, states
         self.inputs = {i.name for i in session.get_inputs()}
         self.vocab = int(session.get_outputs()[0].shape[-1])
         self.tables = {
-            name: ort.OrtValue.ortvalue_from_numpy(table, states.device, states.index)
-            for name, table in tables.items()
+            name: ort.OrtValue.ortvalue_from_numpy(table, states.device, states.index) for name, table in tables.items()
         }
         self.rows = max((len(table) for table in tables.values()), default=0)
         self.bindings: dict[tuple[int, int], Any] = {}
@@ -138,4 +135,3 @@ class StepContext:
         for name, table in self.tables.items():
             binding.bind_ortvalue_input(name, table)
         return binding
-

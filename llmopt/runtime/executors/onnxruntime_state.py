@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 
 from llmopt.errors import ExecutorError, ResourceError
 from llmopt.program import StateGroup, dtype_bytes
@@ -63,9 +63,7 @@ class HostMemory:
 class DeviceMemory:
     """States as OrtValues; slots move by running the one-node copy model with both ends bound by address."""
 
-    def __init__(
-        self, shapes: dict[str, tuple[int, ...]], dtype: str, copier: bytes, options: LoadOptions
-    ) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: str, copier: bytes, options: LoadOptions) -> None:
         self.device, self.index = device_of(options)
         self.dtype, self.shapes = np.dtype(dtype), shapes
         self.session = new_session(copier, ort.SessionOptions(), options)
@@ -114,8 +112,10 @@ class SlotStates:
     def __init__(self, group: StateGroup, context: int, copier: bytes, options: LoadOptions) -> None:
         self.group, self.context, self.capacity = group, context, context + 1
         self.slots = slots_for(group, self.capacity, options)
-        shapes = {s.input: (self.slots, s.heads, self.capacity, s.head_dim) for s in group.states}
-        self.shapes, self.dtype = shapes, group.states[0].dtype
+        self.dtype = group.states[0].dtype
+        self.shapes: dict[str, tuple[int, ...]] = {
+            s.input: (self.slots, s.heads, self.capacity, s.head_dim) for s in group.states
+        }
         self.device, self.index = device_of(options)
         self.memory = self._allocate(copier, options)
         self.lengths = np.zeros(self.slots, np.int64)

@@ -1,0 +1,140 @@
+"""Times decode steps of the onnxruntime executor on a Llama shape: ms a step and tokens a second by batch size.
+
+python benchmarks/ort_step.py --bits 4 --accuracy-level 4 --batch 1 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from llmopt.compiler import pass_context
+from llmopt.frontend import capture, load_checkpoint
+from llmopt.ir.pass_manager import PassManager
+from llmopt.lower.lowering import lower
+from llmopt.lower.readers import readers
+from llmopt.program import Program
+from llmopt.recipe import parse_recipe
+from llmopt.registry import load_target
+from llmopt.runtime.executors.onnxruntime import COPY_FILE, MODEL_FILE, OnnxruntimeExecutor
+from llmopt.runtime.protocol import Admission, SamplingParams, SeqStep, StepBatch
+from llmopt.target import BuildContext, LoadOptions, TargetFiles
+
+SHAPE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
+         "intermediate_size": 2048, "vocab_size": 32000, "max_position_embeddings": 1024}  # fmt: skip
+PASSES = """
+  - eliminate_noops
+  - fuse_qkv
+  - fuse_gate_up
+  - fuse_gated_activation
+  - fuse_add_norm
+  - rewrite_kv_cache: {layout: slots}
+  - fuse_rope_kv_write
+  - prune_logits
+"""
+
+
+class Store:
+    """Weights in memory."""
+
+    def __init__(self, files: TargetFiles) -> None:
+        self.tensors = {name: np.concatenate(list(r.chunks(1 << 26))) for name, r in files.weights.items()}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    def get(self, name: str) -> npt.NDArray[Any]:
+        return self.tensors[name]
+
+    def dtype(self, name: str) -> str:
+        return str(self.tensors[name].dtype)
+
+
+def build(bits: int, group: int | None, accuracy_level: int) -> tuple[Program, TargetFiles, Store]:
+    """Compile the shape with random weights; ``bits`` 32 leaves them alone."""
+    quantize = (
+        ""
+        if bits == 32
+        else f"  - quantize_weights: {{bits: {bits}{'' if group is None else f', group_size: {group}'}}}\n"
+    )
+    text = f"target: onnxruntime\ndtype: float32\npasses:{PASSES}{quantize}"
+    if bits != 32:
+        text += f"target_options: {{accuracy_level: {accuracy_level}}}\n"
+    recipe, target = parse_recipe(text), load_target("onnxruntime")
+    with TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16).save_pretrained(folder)
+        module = capture(load_checkpoint(Path(folder)), recipe.torch_dtype, recipe.max_context).module
+        PassManager().run(module, recipe.passes, pass_context(target, recipe))
+        module.prune_weights()
+        program = lower(module)
+        files = target.build(program, readers(program, module.weights), BuildContext(recipe.target_options))
+        return program, files, Store(files)
+
+
+def step(executor: OnnxruntimeExecutor, batch: int, start: int, length: int, admit: bool = False) -> None:
+    """One step of ``batch`` sequences."""
+    tokens = np.arange(length) % 1000
+    group = executor.state_plan.groups[0].name
+    rows = tuple(
+        SeqStep(i, tokens if admit else None, start, {group: np.array([i])}, sample=True) for i in range(batch)
+    )
+    greedy = SamplingParams(temperature=0)
+    news = tuple(Admission(i, tokens, greedy) for i in range(batch)) if admit else ()
+    executor.collect(executor.submit(StepBatch(rows, admit=news)))
+
+
+def measure(executor: OnnxruntimeExecutor, batch: int, past: int, repeats: int) -> dict[str, float]:
+    """Median, p20 and p80 of a decode step in ms after ``past`` tokens; ms of the prefill of one sequence."""
+    begin = time.perf_counter()
+    step(executor, batch, 0, past, admit=True)
+    prefill = (time.perf_counter() - begin) * 1e3 / batch
+    times = []
+    for i in range(repeats):
+        begin = time.perf_counter()
+        step(executor, batch, past + i % 32, 1)
+        times.append((time.perf_counter() - begin) * 1e3)
+    executor.collect(executor.submit(StepBatch((), release=tuple(range(batch)))))
+    quantiles = statistics.quantiles(times[4:], n=10)
+    median = statistics.median(times[4:])
+    row = {"ms": median, "p20": quantiles[1], "p80": quantiles[7], "tok_s": batch / median * 1e3, "prefill_ms": prefill}
+    return {key: round(value, 2) for key, value in row.items()}
+
+
+def main() -> None:
+    """Parse, build, print one JSON row a batch size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=int, default=32)
+    parser.add_argument("--group", type=int)
+    parser.add_argument("--accuracy-level", type=int, default=0)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--past", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=0)
+    args = parser.parse_args()
+    program, files, store = build(args.bits, args.group, args.accuracy_level)
+    options = LoadOptions(threads=args.threads, max_sequences=max(args.batch), max_context=512)
+    executor = OnnxruntimeExecutor(program, files.files[MODEL_FILE], files.files[COPY_FILE], store, options)
+    for batch in args.batch:
+        case = {"bits": args.bits, "group": args.group, "accuracy_level": args.accuracy_level, "batch": batch}
+        load = round(os.getloadavg()[0], 2)
+        print(
+            json.dumps({**case, "past": args.past, **measure(executor, batch, args.past, args.repeats), "load": load})
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
