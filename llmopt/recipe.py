@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
@@ -86,12 +86,13 @@ def parse_recipe(text: str, name: str = "recipe", where: str | None = None) -> R
     return Recipe(name, file.target, file.dtype, file.max_context, passes, dict(file.target_options), dumped)
 
 
-def build_pass(name: str, options: dict[str, Any], where: str = "recipe") -> Pass:
+def build_pass(name: str, options: Mapping[str, Any] | None = None, where: str = "recipe") -> Pass:
     """An instance of a pass with validated options. Raises ConfigError."""
     try:
         cls = load_pass(name)
     except ConfigError as error:
         raise ConfigError(error.what, where=where, hint=error.hint) from error
+    options = options or {}
     where = f"{where} ({name})"
     known = {f.name: f for f in fields(cls)}
     _check_keys(options, known, where)

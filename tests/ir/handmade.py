@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import llmopt.ir.ops  # noqa: F401
 from llmopt.ir.module import ModelConfig, Module
-from llmopt.ir.rewrite import call, results
+from llmopt.ir.rewrite import call, results, sweep
 from llmopt.ir.weights import Constant
 
 aten: Any = torch.ops.aten
@@ -75,8 +75,7 @@ class Builder:
 
     def heads(self, x: fx.Node, count: int) -> fx.Node:
         """(1, T, count * D) as (1, count, T, D)."""
-        rows, width = x.meta["val"].shape[1:]
-        del rows
+        width = x.meta["val"].shape[2]
         size = self.call(aten.sym_size.int, x, 1)
         return self.call(
             aten.transpose.int, self.call(aten.view.default, x, [1, size, count, int(width) // count]), 1, 2
@@ -96,8 +95,9 @@ class Builder:
         return self.split(dialect.rotary_table.default, self.positions, inverse, 1.0, None, 1.0, 0, None, self.dtype)
 
     def finish(self, logits: fx.Node) -> Module:
-        """The module, with this one output."""
+        """The module, with this one output and without what it does not need."""
         self.function.graph.output((logits,))
+        sweep(self.function)
         return self.module
 
 
