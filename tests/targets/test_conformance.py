@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmopt.program import OpCall, Program
 from llmopt.registry import load_executor_module, load_target
-from llmopt.target import BuildContext, LoadOptions
+from llmopt.runtime.executors.onnxruntime import OnnxruntimeExecutor
+from llmopt.target import BuildContext, LoadOptions, WeightReader
 from tests.architectures import ARCHITECTURES
 from tests.targets.models import PROMPTS, Compiled, compiled, worst
 from tests.targets.ragged import RaggedDriver
@@ -25,6 +27,34 @@ def reference(model: Compiled, program: Program | None = None) -> Any:
     return load_executor_module("reference").ReferenceExecutor(program or model.program, model.tensors(), OPTIONS)
 
 
+class Memory:
+    """A weight store over readers."""
+
+    def __init__(self, readers: Mapping[str, WeightReader]) -> None:
+        self.readers = readers
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.readers)
+
+    def get(self, name: str) -> Any:
+        return np.concatenate([np.atleast_1d(c) for c in self.readers[name].chunks(1 << 30)])
+
+    def dtype(self, name: str) -> str:
+        return self.readers[name].type.dtype
+
+
+def onnxruntime(model: Compiled, program: Program | None = None) -> Any:
+    """The onnxruntime executor over freshly emitted files."""
+    program = program or model.program
+    files = load_target("onnxruntime").build(program, model.weights, BuildContext({}))
+    return OnnxruntimeExecutor(
+        program, files.files["model.onnx"], files.files["copy.onnx"], Memory(files.weights), OPTIONS
+    )
+
+
+TARGETS = {"reference": (reference, "paged"), "onnxruntime": (onnxruntime, "slots")}
+
+
 def error(model: Compiled, executor: Any, shift: int = 0) -> float:
     """Worst relative error of an executor over the model's sequences."""
     return worst(RaggedDriver(executor, shift=shift).logits(model.sequences, list(PROMPTS)), model.expected)
@@ -35,6 +65,12 @@ def error(model: Compiled, executor: Any, shift: int = 0) -> float:
 def test_reference_matches_eager(architecture: str, layout: str) -> None:
     model = compiled(architecture, "reference", layout, LAYOUTS[layout])
     assert error(model, reference(model)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_onnxruntime_matches_eager(architecture: str) -> None:
+    model = compiled(architecture, "onnxruntime", "slots")
+    assert error(model, onnxruntime(model)) <= TOLERANCE
 
 
 def mutated(program: Program, op: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Program:
@@ -58,14 +94,17 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_attention_is_caught(what: str) -> None:
-    architecture, change = WRONG[what]
-    model = compiled(architecture, "reference", "paged", LAYOUTS["paged"])
-    assert error(model, reference(model, mutated(model.program, "llmopt.cached_attention", change))) > 10 * TOLERANCE
+def test_a_wrong_attention_is_caught(what: str, target: str) -> None:
+    (architecture, change), (build, layout) = WRONG[what], TARGETS[target]
+    model = compiled(architecture, target, layout, LAYOUTS[layout])
+    assert error(model, build(model, mutated(model.program, "llmopt.cached_attention", change))) > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_shifted_position_is_caught(architecture: str) -> None:
-    model = compiled(architecture, "reference", "paged", LAYOUTS["paged"])
-    assert error(model, reference(model), shift=1) > 10 * TOLERANCE
+def test_a_shifted_position_is_caught(architecture: str, target: str) -> None:
+    build, layout = TARGETS[target]
+    model = compiled(architecture, target, layout, LAYOUTS[layout])
+    assert error(model, build(model), shift=1) > 10 * TOLERANCE
