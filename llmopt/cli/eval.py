@@ -38,7 +38,7 @@ def evaluate(
     weights: Path | None,
     as_json: bool,
 ) -> None:
-    """Score ARTIFACT on a text: consecutive windows, each from an empty state, every token but the first.
+    """Score ARTIFACT on a text: consecutive windows, each from an empty state, all next tokens.
 
     With --baseline also the relative change of perplexity (95% interval by paired block bootstrap over windows),
     the KL divergence from the baseline's distribution, and how often both rank the same token first.

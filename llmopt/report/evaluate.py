@@ -20,7 +20,7 @@ CHUNK = 256  # rows whose logits are in memory at once: 134 MB for a vocabulary 
 
 @dataclass
 class Scores:
-    """Per-token results: (windows, window - 1) nats; empty lists of the baseline when there is none."""
+    """Per-token results: one (window,) array of nats a window; empty lists of the baseline when there is none."""
 
     nll: list[Doubles] = field(default_factory=list)
     baseline_nll: list[Doubles] = field(default_factory=list)
@@ -29,20 +29,21 @@ class Scores:
 
 
 def split_windows(ids: IntArray, window: int, tokens: int | None = None) -> IntArray:
-    """Consecutive windows (n, window) of the first ``tokens`` ids; a rest shorter than a window is dropped.
+    """Consecutive windows (n, window + 1) of the first ``tokens`` ids; a rest shorter than a window is dropped.
 
-    Raises RequestError when there is not one whole window.
+    A window is fed its first ``window`` ids and scored on its last ``window``: neighbours share one id, so every token
+    of the text but the first is scored once. Raises RequestError when there is not one whole window.
     """
-    count = min(len(ids), len(ids) if tokens is None else tokens) // window
-    if count == 0:
-        raise RequestError(f"the text has {len(ids)} tokens, one window needs {window}")
-    return ids[: count * window].reshape(count, window)
+    count = (min(len(ids) - 1, len(ids) if tokens is None else tokens)) // window
+    if count < 1:
+        raise RequestError(f"the text has {len(ids)} tokens, one window needs {window} and the one after")
+    return np.lib.stride_tricks.sliding_window_view(ids, window + 1)[: count * window : window]
 
 
 def score(
     executor: Executor, windows: IntArray, baseline: Executor | None = None, progress: Progress = lambda *_: None
 ) -> Scores:
-    """Run every window through ``executor`` (and ``baseline``) from an empty state and score each next token.
+    """Run every window (n, window + 1) through ``executor`` (and ``baseline``) from an empty state; score next tokens.
 
     Raises ConfigError when the two have different vocabularies.
     """
@@ -50,7 +51,7 @@ def score(
     if len({e.limits.vocab_size for e in executors}) > 1:
         sizes = " and ".join(str(e.limits.vocab_size) for e in executors)
         raise ConfigError(f"the artifact and its baseline have vocabularies of {sizes} tokens")
-    drivers = [Driver(e, windows.shape[1]) for e in executors]
+    drivers = [Driver(e, windows.shape[1] - 1) for e in executors]
     size = min(CHUNK, *(driver.max_chunk for driver in drivers))
     scores = Scores()
     for index, window in enumerate(windows):
@@ -77,13 +78,12 @@ def summarize(scores: Scores) -> dict[str, Any]:
 
 
 def _score_window(drivers: list[Driver], window: IntArray, size: int, scores: Scores) -> None:
-    streams = [_logits(driver, window, size) for driver in drivers]
+    streams = [_logits(driver, window[:-1], size) for driver in drivers]
     nll: list[list[Doubles]] = [[] for _ in drivers]
     done = 0
-    for chunks in zip(*streams, strict=True):
-        targets = window[done + 1 : done + 1 + len(chunks[0])]
-        done += len(chunks[0])
-        rows = [chunk[: len(targets)] for chunk in chunks]
+    for rows in zip(*streams, strict=True):
+        targets = window[done + 1 : done + 1 + len(rows[0])]
+        done += len(rows[0])
         for kept, logits in zip(nll, rows):
             kept.append(token_nll(logits, targets))
         if len(rows) > 1:

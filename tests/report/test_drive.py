@@ -57,15 +57,15 @@ class Counting:
 
 
 def counting_text(windows: int, window: int) -> np.ndarray:
-    return (np.arange(windows * window) % VOCAB).reshape(windows, window)
+    return split_windows(np.arange(windows * window + 1) % VOCAB, window)
 
 
 @pytest.mark.parametrize(("kind", "chunk"), [("paged", 8), ("paged", 3), ("ring", 8)])
 def test_scores_of_known_logits(kind, chunk):
-    """Every token is predicted right with the same logit, whatever the chunks; the window's first is not scored."""
+    """Every token is predicted right with the same logit, whatever the chunks."""
     result = summarize(score(Counting(2.0, kind, chunk), counting_text(3, 20)))
     expected = math.log(math.exp(2) + VOCAB - 1) - 2
-    assert result["scored_tokens"] == 3 * 19
+    assert result["scored_tokens"] == 3 * 20
     assert result["perplexity"] == pytest.approx(math.exp(expected))
 
 
@@ -85,11 +85,12 @@ def test_vocabularies_must_agree():
         score(Counting(), counting_text(1, 8), baseline=Counting(vocab=8))
 
 
-def test_windows():
-    assert split_windows(np.arange(10), 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert split_windows(np.arange(10), 3, tokens=6).shape == (2, 3)
-    with pytest.raises(RequestError, match="2 tokens"):
-        split_windows(np.arange(2), 3)
+def test_windows_overlap_by_the_token_that_is_scored_and_then_fed():
+    assert split_windows(np.arange(10), 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert split_windows(np.arange(9), 3).shape == (2, 4)
+    assert split_windows(np.arange(10), 3, tokens=6).shape == (2, 4)
+    with pytest.raises(RequestError, match="3 tokens"):
+        split_windows(np.arange(3), 3)
 
 
 def test_a_bench_run_prefills_then_decodes_all_together():
