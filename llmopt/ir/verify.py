@@ -36,16 +36,18 @@ def refresh(module: Module) -> None:
         try:
             propagation.propagate_dont_convert_inputs(*inputs)
         except Exception as error:
-            node = next((n for n in function.graph.nodes if n not in propagation.env and n.op != "output"), None)
             what = f"shapes do not propagate: {str(error).splitlines()[0] if str(error) else error!r}"
-            raise PassError(what, where=_where(name, node)) from error
+            raise PassError(what, where=_where(name, propagation.current)) from error
 
 
 class Propagation(FakeTensorProp):
     """FakeTensorProp that takes weights from their nodes: no attribute stands behind them."""
 
+    current: fx.Node | None = None
+
     def run_node(self, n: fx.Node) -> Any:
-        """The node's fake value."""
+        """The node's fake value; ``current`` is the node being computed, for errors."""
+        self.current = n
         return n.meta["val"] if n.op == "get_attr" else super().run_node(n)
 
 

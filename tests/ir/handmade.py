@@ -27,7 +27,9 @@ class Builder:
         self.function = fx.GraphModule(torch.nn.Module(), fx.Graph())
         self.module = Module({"step": self.function}, {}, {"T": (1, context)}, {}, ModelConfig(vocab, context))
         dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, DimDynamic.DYNAMIC])
-        ids = mode.from_tensor(torch.zeros(1, 9, dtype=torch.int64), symbolic_context=dynamic, static_shapes=False)
+        ids = mode.from_tensor(
+            torch.zeros(1, 9, dtype=torch.int64, device="meta"), symbolic_context=dynamic, static_shapes=False
+        )
         self.module.symbols[ids.shape[1].node.expr.name] = "T"
         self.ids = self._input("input_ids", ids)
         self.positions = self._input("position_ids", ids)

@@ -110,5 +110,5 @@ step(
   %linear_2 : f32[1, T, 17] = aten.linear(%add_0, @head.weight)
   return (%linear_2)
 }
-""",
+""",  # noqa: E501
     )

@@ -88,5 +88,5 @@ step(
   %linear_3 : f32[1, T, 17] = aten.linear(%view_3, @head.weight)
   return (%linear_3, %rope_kv_write_0.1, %rope_kv_write_0.2)
 }
-""",
+""",  # noqa: E501
     )

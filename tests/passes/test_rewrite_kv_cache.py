@@ -177,5 +177,5 @@ step(
   %linear_3 : f32[1, T, 17] = aten.linear(%view_3, @head.weight)
   return (%linear_3, %kv_write_0.0, %kv_write_0.1)
 }
-""",
+""",  # noqa: E501
     )
