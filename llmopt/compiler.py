@@ -12,16 +12,19 @@ from typing import Any
 from llmopt.artifact import BuildInfo, Manifest, WeightsPlan, write_artifact
 from llmopt.errors import ConfigError
 from llmopt.frontend import Captured, Checkpoint, capture, load_checkpoint
+from llmopt.frontend.ledger import take_ledger
 from llmopt.golden import record_golden
 from llmopt.ir.check import PassChecker
+from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import PassContext, PassManager, PassRecord, split_at_fork
 from llmopt.lower.fork import fork
 from llmopt.lower.lowering import lower
-from llmopt.lower.readers import Reader, readers
+from llmopt.lower.memory import type_bytes
+from llmopt.lower.readers import readers
 from llmopt.program import Program
 from llmopt.recipe import Recipe
 from llmopt.registry import load_target
-from llmopt.target import BuildContext, Target
+from llmopt.target import BuildContext, Target, TargetFiles
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class CompileOptions:
     max_context: int | None = None
     dump_ir: Path | None = None
     check_passes: bool = False
-    weights: WeightsPlan = WeightsPlan()
+    weights: WeightsPlan = field(default_factory=WeightsPlan)
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
@@ -62,7 +65,10 @@ class Compiled:
 
 
 def compile_checkpoint(
-    path: Path, recipe: Recipe, destination: Path, options: CompileOptions = CompileOptions()  # noqa: B008 (frozen)
+    path: Path,
+    recipe: Recipe,
+    destination: Path,
+    options: CompileOptions = CompileOptions(),
 ) -> Compiled:
     """Compile the checkpoint directory ``path`` into the artifact ``destination``.
 
@@ -83,7 +89,7 @@ def compile_checkpoint(
     watch.lap("build")
     golden = record_golden(program, weights) if options.weights.kind != "random" else []
     watch.lap("golden")
-    report = describe(checkpoint, captured, records, program, weights)
+    report = describe(checkpoint, captured.module, records, program, files)
     manifest = write_artifact(
         destination,
         info=BuildInfo(
@@ -132,18 +138,19 @@ def run_passes(
 
 def describe(
     checkpoint: Checkpoint,
-    captured: Captured,
+    module: Module,
     records: list[PassRecord],
     program: Program,
-    weights: dict[str, Reader],
+    files: TargetFiles,
 ) -> dict[str, Any]:
-    """report.json: the passes' rewrites, the coverage ledger, sizes in bytes, and why golden tokens may be missing."""
+    """report.json: the passes' rewrites, the ledger of what they left, sizes in bytes before and after."""
+    last = module.functions[program.entry_points["extend"]]
     return {
         "passes": [{k: v for k, v in asdict(r).items() if k != "ms"} for r in records],
-        "ledger": captured.ledger.to_json(),
+        "ledger": take_ledger(last.graph).to_json(),
         "bytes": {
             "checkpoint": sum(w.nbytes for w in checkpoint.weights.values()),
-            "weights": sum(reader.weight.nbytes for reader in weights.values()),
+            "weights": sum(type_bytes(reader.type, {}) for reader in files.weights.values()),
             "kv_per_token": kv_bytes_per_token(program),
         },
     }

@@ -138,7 +138,8 @@ def _tagged(operand: Operand) -> list[Any]:
 
 def _bucket(raw: dict[str, Any]) -> Bucket:
     launches = tuple(
-        Launch(**{**x, "grid": tuple(x["grid"]), "args": tuple(_operand(a) for a in x["args"])}) for x in raw["launches"]
+        Launch(**{**x, "grid": tuple(x["grid"]), "args": tuple(_operand(a) for a in x["args"])})
+        for x in raw["launches"]
     )
     return Bucket(**{**raw, "launches": launches, "zeroed": tuple(raw["zeroed"])})
 

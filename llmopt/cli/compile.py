@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--max-context", type=click.IntRange(1), help="Longest sequence; default: the recipe's, else the model's."
 )
 @click.option("--weights", "weights_option", default="inside", show_default=True,
-              help="Where weights go: 'inside', a directory beside the artifact, or 'random:SEED' (drawn at load).")  # fmt: skip
+              help="Where weights go: 'inside', a directory beside it, or 'random:SEED' (drawn at load).")  # fmt: skip
 @click.option("--dump-ir", type=click.Path(path_type=Path, file_okay=False), help="Write the IR here after each pass.")
 @click.option("--check-passes", is_flag=True, help="Replay golden inputs around each pass; exit 7 when one drifts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report and the build log as JSON.")

@@ -12,11 +12,13 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-COMPILED_ATEN = {"embedding", "linear", "layer_norm"}
+COMPILED_ATEN = {"embedding", "index_select", "linear", "layer_norm"}
 VIEWS = {
     "view", "reshape", "transpose", "permute", "t", "slice", "split", "split_with_sizes", "chunk", "unsqueeze",
     "squeeze", "expand", "select", "flatten", "_unsafe_view", "unbind", "getitem",
 }  # fmt: skip
+EXPERT_MATRICES = {"moe_experts": (3, 4), "moe_experts_q": (3, 6)}
+"""Positions of the gate_up and down matrices (or their codes) among the arguments."""
 ROWS = 128
 
 
@@ -88,21 +90,35 @@ def entry(node: fx.Node) -> Entry:
     name = op_name(node)
     base = name.partition(".")[2].partition(".")[0] if "." in name else name
     compiled = name.startswith("llmopt.") or base in COMPILED_ATEN or base in VIEWS or base.startswith("sym_")
-    reads = [n.meta.get("val") for n in node.all_input_nodes]
-    writes = node.meta.get("val")
-    size = 0 if base in VIEWS else sum(nbytes(v) for v in [*reads, writes])
-    if base in ("embedding", "embedding_dense"):
-        size = 2 * nbytes(writes)
-    if base == "moe_experts":
-        size = moe_bytes(node)
     kind = "compiled" if compiled else "generic"
-    return Entry(node.name, name, node.meta.get("scope", ""), kind, flops(node, base), size)
+    return Entry(node.name, name, node.meta.get("scope", ""), kind, flops(node, base), traffic(node, base))
+
+
+def traffic(node: fx.Node, base: str) -> int:
+    """Bytes a node reads and writes; of gathered tables and of KV states only the rows it touches."""
+    writes = node.meta.get("val")
+    match base:
+        case "embedding" | "index_select":
+            return 2 * nbytes(writes)
+        case "moe_experts" | "moe_experts_q":
+            return moe_bytes(node, base)
+        case "kv_write" | "rope_kv_write":
+            rows = node.args[2:4] if base == "kv_write" else node.args[:3]
+            return 2 * sum(nbytes(value_of(n)) for n in rows)
+        case "cached_attention":
+            rows, state = argument(node, 0)[2], value_of(node.args[1])
+            _, heads, _, depth = sizes(state)
+            return 2 * rows * heads * depth * int(state.dtype.itemsize) + 2 * nbytes(writes)
+    if base in VIEWS:
+        return 0
+    return sum(nbytes(v) for v in [*(n.meta.get("val") for n in node.all_input_nodes), writes])
 
 
 def op_name(node: fx.Node) -> str:
     """``llmopt.rope`` or ``aten.add``."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.name().replace("::", ".").partition(".Tensor")[0]
+        name: str = node.target.name()  # type: ignore[no-untyped-call]
+        return name.replace("::", ".").partition(".Tensor")[0]
     return getattr(node.target, "__name__", str(node.target))
 
 
@@ -127,9 +143,14 @@ def nbytes(value: Any) -> int:
     return math.prod(sizes(value)) * value.dtype.itemsize
 
 
+def value_of(node: Any) -> Any:
+    """The fake value of an argument."""
+    return node.meta["val"]
+
+
 def argument(node: fx.Node, index: int) -> list[int]:
     """Concrete shape of a tensor argument."""
-    return sizes(node.args[index].meta["val"])  # type: ignore[union-attr]
+    return sizes(value_of(node.args[index]))
 
 
 def flops(node: fx.Node, base: str) -> int:
@@ -137,26 +158,26 @@ def flops(node: fx.Node, base: str) -> int:
     value = node.meta.get("val")
     if base in VIEWS or base == "embedding" or not isinstance(value, torch.Tensor | tuple | list):
         return 0
-    if base == "linear":
+    if base in ("linear", "linear_q"):
         return 2 * math.prod(argument(node, 0)) * argument(node, 1)[0]
     if base in ("mm", "bmm", "matmul", "addmm"):
         left = argument(node, 1 if base == "addmm" else 0)
         return 2 * math.prod(sizes(value)) * left[-1]
-    if base == "attention":
+    if base in ("attention", "cached_attention"):
         (_, heads, rows, width), depth = argument(node, 0), argument(node, 2)[3]
-        window = node.args[5] or rows
-        pairs = sum(min(i + 1, window) for i in range(rows))  # type: ignore[type-var]
+        window: Any = node.args[5 if base == "attention" else 8] or rows
+        pairs = sum(min(i + 1, window) for i in range(rows))
         return 2 * heads * pairs * (width + depth)
-    if base == "moe_experts":
+    if base in EXPERT_MATRICES:
         rows, chosen = argument(node, 1)
-        return 2 * rows * chosen * sum(math.prod(argument(node, i)[1:]) for i in (3, 4))
+        return 2 * rows * chosen * sum(math.prod(argument(node, i)[1:]) for i in EXPERT_MATRICES[base])
     first = value[0] if isinstance(value, tuple | list) else value
     return math.prod(sizes(first))
 
 
-def moe_bytes(node: fx.Node) -> int:
+def moe_bytes(node: fx.Node, base: str) -> int:
     """Bytes of the experts at least one of the rows can reach, plus activations."""
     rows, chosen = argument(node, 1)
     total = argument(node, 3)[0]
-    weights = sum(nbytes(node.args[i].meta["val"]) for i in (3, 4))  # type: ignore[union-attr]
+    weights = sum(nbytes(value_of(node.args[i])) for i in EXPERT_MATRICES[base])
     return weights * min(total, rows * chosen) // total + 2 * nbytes(node.meta["val"])

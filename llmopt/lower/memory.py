@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -68,12 +69,14 @@ def intervals(
     return [Interval(n, first[n], last[n], tensor_bytes(function.types[n], dims)) for n in allocated]
 
 
+def type_bytes(type_: TensorType, dims: Mapping[str, int]) -> int:
+    """Bytes of a tensor for given dims."""
+    return math.prod(eval_shape(type_.shape, dims)) * dtype_bytes(type_.dtype)
+
+
 def tensor_bytes(type_: TensorType, dims: Mapping[str, int]) -> int:
     """Bytes of a tensor for given dims, rounded up to the arena's alignment."""
-    count = dtype_bytes(type_.dtype)
-    for extent in eval_shape(type_.shape, dims):
-        count *= extent
-    return -(-count // ALIGNMENT) * ALIGNMENT
+    return -(-type_bytes(type_, dims) // ALIGNMENT) * ALIGNMENT
 
 
 def plan_memory(buffers: list[Interval]) -> MemoryPlan:

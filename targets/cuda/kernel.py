@@ -41,7 +41,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class TmaOperand:
-    """A TMA descriptor argument over ``value`` (2-D, or flattened to 2-D by the kernel): box in elements, swizzle bytes."""
+    """A TMA descriptor over ``value`` (2-D, or flattened to 2-D by the kernel): box in elements, swizzle bytes."""
 
     value: Strided
     box: tuple[int, ...]

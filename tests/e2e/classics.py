@@ -43,7 +43,7 @@ def nll(model: Any, windows: IntArray) -> npt.NDArray[np.float64]:
 
 
 def rounded(weight: Tensor, bits: int, group: int | None, symmetric: bool) -> Tensor:
-    """Round-to-nearest of a (N, K) weight, back in fp32: scale by max |w| (symmetric) or by the range with a zero point."""
+    """Round-to-nearest of a (N, K) weight, fp32: scaled by max |w| (symmetric) or by the range, with a zero point."""
     rows, columns = weight.shape
     grouped = weight.float().reshape(rows, -1, group or columns)
     if symmetric:
