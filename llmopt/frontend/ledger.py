@@ -106,9 +106,9 @@ def traffic(node: fx.Node, base: str) -> int:
             rows = node.args[2:4] if base == "kv_write" else node.args[:3]
             return 2 * sum(nbytes(value_of(n)) for n in rows)
         case "cached_attention":
-            rows, state = argument(node, 0)[2], value_of(node.args[1])
+            state, count = value_of(node.args[1]), argument(node, 0)[2]
             _, heads, _, depth = sizes(state)
-            return 2 * rows * heads * depth * int(state.dtype.itemsize) + 2 * nbytes(writes)
+            return 2 * count * heads * depth * int(state.dtype.itemsize) + 2 * nbytes(writes)
     if base in VIEWS:
         return 0
     return sum(nbytes(v) for v in [*(n.meta.get("val") for n in node.all_input_nodes), writes])
@@ -167,7 +167,7 @@ def flops(node: fx.Node, base: str) -> int:
         (_, heads, rows, width), depth = argument(node, 0), argument(node, 2)[3]
         window: Any = node.args[5 if base == "attention" else 8] or rows
         pairs = sum(min(i + 1, window) for i in range(rows))
-        return 2 * heads * pairs * (width + depth)
+        return int(2 * heads * pairs * (width + depth))
     if base in EXPERT_MATRICES:
         rows, chosen = argument(node, 1)
         return 2 * rows * chosen * sum(math.prod(argument(node, i)[1:]) for i in EXPERT_MATRICES[base])
