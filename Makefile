@@ -7,6 +7,8 @@ PYTHONS ?= python3 python3.11 python3.12 python3.13
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
 EXTRAS  ?= compile,onnxruntime,serve,dev
+# What make demo compiles with.
+RECIPE  ?= int4-cpu
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -27,7 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Compile the embedded model, show what was done, generate text from it
-	$(BIN)/python scripts/demo.py build/demo
+	$(BIN)/llmopt compile models/classics-2m -r $(RECIPE) -o build/demo
+	$(BIN)/llmopt inspect build/demo
+	$(BIN)/llmopt run build/demo --prompt 'The old house stood' --max-tokens 60
+	$(BIN)/llmopt bench build/demo --prompt-len 64 --gen-len 32
 
 check: $(STAMP) ## Format, lint, types, import contracts, fast tests (under a minute)
 	$(BIN)/ruff format --check .
@@ -43,8 +48,12 @@ test: $(STAMP) ## Everything that runs without a GPU
 test-gpu: $(STAMP) ## The tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(STAMP) ## Measure the embedded model's artifacts on this machine and append the rows
-	$(BIN)/python benchmarks/run.py
+bench: $(STAMP) ## Measure the embedded model in every CPU recipe and append the rows
+	for recipe in fp32-cpu int8-cpu int4-cpu; do \
+	  $(BIN)/llmopt compile models/classics-2m -r $$recipe -o build/bench/$$recipe && \
+	  $(BIN)/llmopt bench build/bench/$$recipe --append benchmarks/rows/embedded.jsonl || exit 1; \
+	done
+	$(BIN)/python benchmarks/render.py
 
 docs: $(STAMP) ## Regenerate docs/benchmarks.md from benchmarks/rows
 	$(BIN)/python benchmarks/render.py

@@ -25,6 +25,7 @@ def inspect(artifact: Path, weights: Path | None, no_verify: bool, as_json: bool
     Milliseconds come from the build log beside the artifact and are left out when it is gone.
     """
     from llmopt.artifact import Artifact
+    from llmopt.report.build_log import build_log
     from llmopt.report.sections import gap_lines, ledger_rows, manifest_pairs, pass_rows, size_rows, state_rows
 
     opened = Artifact.open(artifact, weights=weights, verify=not no_verify)
@@ -40,16 +41,6 @@ def inspect(artifact: Path, weights: Path | None, no_verify: bool, as_json: bool
     for line in gap_lines(report["ledger"]):
         click.echo(f"  gap: {line}")
     _section("Sizes", ("part", "size"), size_rows(opened, report))
-
-
-def build_log(artifact: Path) -> dict[str, Any] | None:
-    """``<artifact>.build.json`` beside the artifact; None when it is missing or not JSON."""
-    resolved = artifact.resolve()
-    try:
-        log: dict[str, Any] = json.loads(resolved.with_name(resolved.name + ".build.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return log
 
 
 def as_dict(artifact: Artifact, log: dict[str, Any] | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from llmopt.artifact import Artifact
+from llmopt.report.build_log import build_log
 from llmopt.report.drive import Driver
 from llmopt.report.machine import commit, cores, peak_memory, processor
 from llmopt.report.traffic import step_bytes
@@ -92,24 +93,28 @@ def one_run(driver: Driver, shape: Shape, seed: int) -> tuple[list[float], list[
 def describe(artifact: Artifact) -> Row:
     """What was measured and where: model, recipe, target, versions, machine, commit, date."""
     manifest = artifact.manifest
-    recipe = yaml.safe_load(artifact.file("recipe.yaml").read_text("utf-8"))
+    log = build_log(artifact.path)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "machine": processor(),
         "cores": cores(),
-        "model": manifest.model,
+        "model": Path(log["checkpoint"]).name if log else manifest.model,
         "target": manifest.target,
-        "recipe": summary(recipe),
+        "recipe": summary(yaml.safe_load(artifact.file("recipe.yaml").read_text("utf-8"))),
         "versions": dict(manifest.versions),
     }
 
 
 def summary(recipe: dict[str, Any]) -> str:
-    """A recipe in three words: compute dtype and how weights are quantized."""
-    options = [o["quantize_weights"] or {} for o in recipe["passes"] if isinstance(o, dict) and "quantize_weights" in o]
-    quantized = "".join(f" int{o.get('bits', 8)}" + (f" g{o['group']}" if o.get("group") else "") for o in options)
-    return f"{recipe['dtype']}{quantized}"
+    """A recipe in a few words: compute dtype, and how weights are quantized."""
+    words = [recipe["dtype"]]
+    for entry in recipe["passes"]:
+        options = entry.get("quantize_weights") if isinstance(entry, dict) else None
+        if options:
+            group = f" g{options['group_size']}" if options.get("group_size") else ""
+            words.append(f"{'head ' if options.get('lm_head') else ''}int{options['bits']}{group}")
+    return ", ".join(words)
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:

@@ -7,7 +7,7 @@ from math import prod
 from llmopt.program import Function, OpCall, Program, Ref, dtype_bytes
 
 GATHERS = ("aten.embedding.default",)
-EXPERTS = "llmopt.moe_experts"
+EXPERTS = ("llmopt.moe_experts", "llmopt.moe_experts_q")
 
 
 def step_bytes(program: Program, batch: int, context: int) -> int:
@@ -50,7 +50,7 @@ def _weights(program: Program, call: OpCall) -> list[tuple[str, str]]:
 
 def _bits(call: OpCall, argument: str, dtype: str) -> int:
     """Bits an element takes once packed: codes and zero points have the width of their scheme."""
-    if call.op.startswith("llmopt.linear_q") and argument in ("codes", "zeros"):
+    if call.op.endswith("_q") and argument.endswith(("codes", "zeros")):
         return int(call.args["bits"])  # type: ignore[arg-type]
     return 8 * dtype_bytes(dtype)
 
@@ -59,7 +59,7 @@ def _share(function: Function, call: OpCall, argument: str, shape: tuple[int, ..
     """Share of a weight the call touches."""
     if call.op in GATHERS and argument == "weight":
         return min(1.0, rows / shape[0])
-    if call.op == EXPERTS:
+    if call.op in EXPERTS:
         index = call.args["index"]
         assert isinstance(index, Ref)
         return min(1.0, rows * int(function.types[index.name].shape[-1]) / shape[0])

@@ -116,10 +116,11 @@ def test_rows_are_appended(tmp_path):
     assert path.read_text() == '{"ms": 1.5}\n{"ms": 2.5}\n'
 
 
-def test_a_recipe_in_three_words():
+def test_a_recipe_in_a_few_words():
     assert summary({"dtype": "float32", "passes": ["fuse_qkv"]}) == "float32"
-    quantize = {"quantize_weights": {"bits": 4, "group": 32}}
-    assert summary({"dtype": "float32", "passes": ["fuse_qkv", quantize]}) == "float32 int4 g32"
+    body = {"quantize_weights": {"bits": 4, "group_size": 32}}
+    head = {"quantize_weights": {"bits": 8, "lm_head": True}}
+    assert summary({"dtype": "float32", "passes": ["fuse_qkv", body, head]}) == "float32, int4 g32, head int8"
 
 
 def test_the_machine_is_measured():

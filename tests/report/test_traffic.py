@@ -61,6 +61,17 @@ def test_a_tied_table_is_read_once_and_whole():
     assert difference == 100 * 8 * 4 + 8 * 2 - 100 * 8 * 2
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_quantized_experts_count_at_their_packed_width(batch):
+    args = {"index": Ref("i"), "gate_up_codes": Ref("experts.codes"), "gate_up_zeros": Ref("experts.zeros"), "bits": 2}
+    call = OpCall("llmopt.moe_experts_q", args, ("m",))
+    function = Function("step", ("i",), (call,), ("m",), {"i": TensorType(("T", 1), "int64")})
+    shapes = {"experts.codes": (4, 16, 8), "experts.zeros": (4, 16, 1)}
+    weights = {name: WeightType(TensorType(shape, "uint8")) for name, shape in shapes.items()}
+    small = Program({"step": function}, {"decode": "step"}, weights, StatePlan(), {}, 64, 100)
+    assert step_bytes(small, batch, context=1) == batch * (16 * 8 + 16) // 4
+
+
 @pytest.mark.parametrize(("window", "seen"), [(0, 40), (8, 10), (64, 40)])
 def test_a_window_bounds_the_kv_read(window, seen):
     assert kv_bytes(program(window=window).functions["step"], context=40) == seen * TOKEN
