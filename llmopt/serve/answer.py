@@ -16,7 +16,8 @@ from llmopt.runtime.stream import Delta, RequestStream
 from llmopt.runtime.tokenizer import Tokenizer
 from llmopt.serve.client import EngineClient
 from llmopt.serve.errors import ApiError, error_body
-from llmopt.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
+from llmopt.serve.prompts import request_prompts
+from llmopt.serve.requests import ChatRequest, GenerationRequest
 from llmopt.serve.responses import ChoiceWriter, Head, usage
 from llmopt.serve.wire import Ready
 
@@ -52,7 +53,7 @@ class Answer:
             raise ApiError(what, param="model", code="model_not_found", status=404)
         self._request, self._client = request, client
         self.head = Head(model.name, chat=isinstance(request, ChatRequest))
-        self._prompts = [(ids, text) for ids, text in _prompts(request, model)]
+        self._prompts = request_prompts(request, model.tokenizer, model.chat)
         self._choices = [
             self._choice(model, p * request.choices + i, ids, echo, request.params(i))
             for p, (ids, echo) in enumerate(self._prompts)
@@ -128,25 +129,6 @@ class Answer:
     def _chunk(self, choices: list[dict[str, Any]]) -> str:
         body = self.head.body(choices, chunk=True)
         return _event({**body, "usage": None} if self._request.include_usage else body)
-
-
-def _prompts(request: GenerationRequest, model: Model) -> list[tuple[list[int], str]]:
-    """Token ids of each prompt, and the text to echo before its answer."""
-    tokenizer = model.tokenizer
-    if isinstance(request, ChatRequest):
-        if model.chat is None:
-            raise ApiError("this model has no chat template: use /v1/completions", param="messages")
-        text = model.chat.render([m.plain() for m in request.messages])
-        return [(tokenizer.encode(text, special=False), "")]
-    assert isinstance(request, CompletionRequest)
-    prompts = []
-    for prompt in request.prompts():
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if prompt == "" or not ids:
-            raise ApiError("the prompt is empty", param="prompt")
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        prompts.append((ids, text if request.echo else ""))
-    return prompts
 
 
 def _event(body: dict[str, Any]) -> str:
