@@ -1,0 +1,117 @@
+"""Models outside the interfaces are refused by name; what can be captured without being listed works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+from llmopt.errors import ConfigError, UnsupportedModelError
+from llmopt.frontend import capture, load_checkpoint
+from tests.architectures import CONTEXT, VOCAB, base, make_checkpoint, make_model
+from tests.frontend.running import captured_logits, eager_model, relative_error
+
+
+def config(name: str, **values: Any) -> Callable[[], PreTrainedConfig]:
+    """A config class of transformers with values."""
+    return lambda: getattr(transformers, name)(**values)
+
+
+REFUSED = {
+    "falcon": (config("FalconConfig", **base()), "transformer.h.0.self_attention (FalconAttention)"),
+    "bloom": (
+        config("BloomConfig", vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=2),
+        "transformer.h.0.self_attention (BloomAttention)",
+    ),
+    "mpt": (
+        config("MptConfig", vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=2, max_seq_len=64),
+        "transformer.blocks.0.attn (MptAttention)",
+    ),
+    "gptj": (
+        config("GPTJConfig", vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=64),
+        "transformer.h.0.attn (GPTJAttention)",
+    ),
+    "mamba": (
+        config("MambaConfig", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
+        "backbone.layers.0.mixer (MambaMixer)",
+    ),
+    "jamba": (
+        config("JambaConfig", **base(num_experts=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False)),
+        "model.layers.0.mamba (JambaMambaMixer)",
+    ),
+}
+WORKING = {
+    "phi": config("PhiConfig", **base()),
+    "gpt_bigcode": config("GPTBigCodeConfig", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT),
+    "nemotron": config("NemotronConfig", **base()),
+    "deepseek_v3": config(
+        "DeepseekV3Config",
+        **base(
+            n_routed_experts=8,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            first_k_dense_replace=1,
+            kv_lora_rank=16,
+            q_lora_rank=32,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            num_key_value_heads=4,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_by_name(name: str, tmp_path: Path) -> None:
+    build, module = REFUSED[name]
+    make_model(build()).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError) as caught:
+        capture(load_checkpoint(tmp_path), max_context=64)
+    assert caught.value.exit_code == 5
+    assert str(caught.value).startswith(module + ": "), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(WORKING))
+def test_works_unlisted(name: str, tmp_path: Path) -> None:
+    make_model(WORKING[name]()).save_pretrained(tmp_path)
+    module = capture(load_checkpoint(tmp_path)).module
+    model = eager_model(tmp_path)
+    for length in (1, 2, 30):
+        ids = torch.randint(3, VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            expected = model(ids).logits
+        assert relative_error(captured_logits(module, ids), expected) <= 1e-5
+
+
+def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
+    make_checkpoint("llama", tmp_path / "weights")
+    (tmp_path / "weights" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        capture(load_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(("asked", "said"), [(0, "at least 1"), (CONTEXT + 1, "exceeds")])
+def test_context_limits(asked: int, said: str, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(make_checkpoint("gpt2", tmp_path))
+    with pytest.raises(ConfigError, match=said):
+        capture(checkpoint, max_context=asked)
+
+
+@pytest.mark.parametrize("context", [1, 5])
+def test_short_contexts_compile(context: int, tmp_path: Path) -> None:
+    path = make_checkpoint("llama", tmp_path)
+    module = capture(load_checkpoint(path), max_context=context).module
+    assert module.dims == {"T": (1, context)}
+    with torch.no_grad():
+        expected = eager_model(path)(torch.full((1, context), 5)).logits
+    assert relative_error(captured_logits(module, torch.full((1, context), 5)), expected) <= 1e-5
