@@ -50,7 +50,7 @@ step(
   %cat_0 : f32[1, T, 8] = aten.cat((%chunk_0.0, %mul_0), -1)
   return (%cat_0)
 }
-""",
+""",  # noqa: E501
     )
 
 
