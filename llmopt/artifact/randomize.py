@@ -36,8 +36,7 @@ def randomize(program: Program, readers: Mapping[str, WeightReader]) -> dict[str
 
 def _fill(name: str, dtype: str, width: int, bits: Mapping[str, int]) -> Fill | None:
     if name.endswith(".scales"):
-        codes = f"{name.removesuffix('.scales')}.codes"
-        center = SPREAD / 2 ** (bits.get(codes, 8) - 2)
+        center = SPREAD / 2 ** (_width(name, bits) - 2)
         return ("uniform", 0.5 * center, 1.5 * center)
     match numpy_dtype(dtype).name:
         case "uint8":
@@ -47,6 +46,16 @@ def _fill(name: str, dtype: str, width: int, bits: Mapping[str, int]) -> Fill | 
         case "float8_e4m3fn":
             return ("normal", 0.0, 64.0)  # times the scale of an 8-bit code: SPREAD
     return None  # other integers are tables: drawing them would point outside
+
+
+def _width(scales: str, bits: Mapping[str, int]) -> int:
+    """Bits of the codes beside ``scales``: ``w.codes`` for ``w.scales``, and for a target's ``w.packed.scales``."""
+    stem = scales.removesuffix(".scales")
+    while stem:
+        if f"{stem}.codes" in bits:
+            return bits[f"{stem}.codes"]
+        stem = stem.rpartition(".")[0]
+    return 8
 
 
 def _code_bits(program: Program) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +70,15 @@ class RandomStore:
 
 def draw(seed: int, name: str, tensor: RandomTensor) -> npt.NDArray[Any]:
     """The tensor ``name`` of a seed: depends on nothing else, so tensors can be drawn in any order."""
+    return np.resize(draw_pool(seed, name, tensor), tensor.shape)
+
+
+def draw_pool(seed: int, name: str, tensor: RandomTensor) -> npt.NDArray[Any]:
+    """The values a tensor repeats, in row-major order: POOL of them, or as many as it has."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
     generator = np.random.Philox(key=key)
     kind, a, b = tensor.fill
-    size = min(POOL, int(np.prod(tensor.shape)))
+    size = min(POOL, math.prod(tensor.shape))
     match kind:
         case "normal":
             values = _normal(generator, size) * np.float32(b) + np.float32(a)
@@ -82,7 +88,7 @@ def draw(seed: int, name: str, tensor: RandomTensor) -> npt.NDArray[Any]:
             values = np.floor(_uniform(generator, size) * np.float32(b - a)) + np.float32(a)
         case _:
             raise ArtifactError(f"unknown fill {kind!r}", where=f"tensor {name}")
-    return np.resize(values.astype(numpy_dtype(tensor.dtype)), tensor.shape)
+    return values.astype(numpy_dtype(tensor.dtype))
 
 
 def _uniform(generator: np.random.Philox, size: int) -> npt.NDArray[np.float32]:

@@ -49,8 +49,8 @@ def nbytes(type: TensorType) -> int:
     return math.prod(int(d) for d in type.shape) * numpy_dtype(type.dtype).itemsize
 
 
-def plan_layout(types: Mapping[str, TensorType]) -> Layout:
-    """Layout of a file holding these tensors: sorted by name, each at a multiple of ALIGNMENT bytes.
+def plan_layout(types: Mapping[str, TensorType], alignment: int = ALIGNMENT) -> Layout:
+    """Layout of a file holding these tensors: sorted by name, each at a multiple of ``alignment`` bytes.
 
     safetensors allows no holes, so gaps are uint8 tensors named ``__padding__.<n>``. Depends on nothing but
     names, shapes and dtypes: a target may refer to tensors by offset before they are written.
@@ -59,7 +59,7 @@ def plan_layout(types: Mapping[str, TensorType]) -> Layout:
     starts: dict[str, int] = {}
     position = pads = 0
     for name in sorted(types):
-        if gap := -position % ALIGNMENT:
+        if gap := -position % alignment:
             header[f"{PADDING}.{pads}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [position, position + gap]}
             position, pads = position + gap, pads + 1
         end = position + nbytes(types[name])
@@ -79,13 +79,15 @@ def write_tensors(
     readers: Mapping[str, WeightReader],
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     sources: Mapping[str, str] | None = None,
+    alignment: int = ALIGNMENT,
 ) -> tuple[Layout, tuple[str, ...]]:
     """Stream the tensors into a file; returns the layout and the digests of its chunks.
 
     Holds one chunk of one tensor at a time. ``sources`` gives the name to blame when a tensor is not finite.
     Raises CheckpointError on NaN or infinity, ArtifactError when a reader contradicts its type.
     """
-    layout, hasher = plan_layout({name: reader.type for name, reader in readers.items()}), ChunkHasher()
+    layout = plan_layout({name: reader.type for name, reader in readers.items()}, alignment)
+    hasher = ChunkHasher()
     position = 0
 
     def put(data: memoryview) -> None:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +51,8 @@ class BuildInfo:
 
 def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Versions of llmopt and of the libraries that are installed."""
+    from importlib import metadata  # 30 ms the runtime, which only reads, need not pay
+
     found = {"llmopt": llmopt.__version__}
     for name in names:
         try:
