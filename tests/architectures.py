@@ -57,9 +57,7 @@ def rope(kind: str, theta: float = 10000.0, **more: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": theta, **more}
 
 
-LLAMA3 = rope(
-    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-)
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
 LONGROPE = rope(
     "longrope",

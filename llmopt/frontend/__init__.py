@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmopt.frontend.tracing import Captured, capture
     from llmopt.frontend.checkpoint import Checkpoint, load_checkpoint
     from llmopt.frontend.ledger import Ledger
+    from llmopt.frontend.tracing import Captured, capture
 
 __all__ = ["Captured", "Checkpoint", "Ledger", "capture", "load_checkpoint"]
 

@@ -37,7 +37,7 @@ def import_graph(program: ExportedProgram) -> fx.Graph:
 def copy_nodes(
     graph: fx.Graph, owner: fx.GraphModule, values: dict[fx.Node, Any], targets: dict[str, Any], inner: bool = False
 ) -> Any:
-    """Copy an (inner) graph module's nodes, inlining regions that only switch gradients or autocast; returns its result."""
+    """Copy a graph module's nodes, inlining regions that only switch gradients or autocast; returns its result."""
     for node in owner.graph.nodes:
         if node.op == "placeholder" and inner:
             continue
@@ -103,15 +103,15 @@ def is_noop(node: fx.Node, name: str) -> bool:
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
-    same = before.dtype == after.dtype and len(before.shape) == len(after.shape) and equal_shapes(before, after)
+    same = before.dtype == after.dtype and equal_shapes(before, after)
     if name in ("to", "_to_copy", "type_as", "expand", "contiguous", "clone", "view", "reshape", "slice"):
         return same
-    return name in ("dropout", "dropout_", "feature_dropout") and (node.args[1] == 0.0 or node.args[2] is False)
+    return name in ("dropout", "dropout_") and bool(node.args[1] == 0.0 or node.args[2] is False)
 
 
 def equal_shapes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two shapes are the same expressions, without adding guards."""
-    return all(str(x) == str(y) for x, y in zip(a.shape, b.shape))
+    return tuple(map(str, a.shape)) == tuple(map(str, b.shape))
 
 
 def purify(graph: fx.Graph) -> None:
@@ -129,8 +129,8 @@ def purify(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             new = graph.call_function(pure, node.args, node.kwargs)
         new.meta, order[new] = dict(node.meta), order[node]
-        for later in [u for u in changed.users if order[u] > order[node]]:  # type: ignore[union-attr]
-            later.replace_input_with(changed, new)  # type: ignore[arg-type]
+        for later in [u for u in changed.users if order[u] > order[node]]:
+            later.replace_input_with(changed, new)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
 
@@ -148,7 +148,9 @@ def aliased(tensor: Any, write: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether a tensor written by ``write`` shares memory with another value, an input or a weight."""
     if not isinstance(tensor, fx.Node) or tensor.op != "call_function" or returns_view(tensor):
         return True
-    return any(returns_view(u) and any(order[v] > order[write] for v in u.users) for u in tensor.users if u is not write)
+    return any(
+        returns_view(u) and any(order[v] > order[write] for v in u.users) for u in tensor.users if u is not write
+    )
 
 
 def returns_view(node: fx.Node) -> bool:

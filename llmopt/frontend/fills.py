@@ -29,8 +29,8 @@ def pieces(buffer: fx.Node) -> list[tuple[int, int, fx.Node, fx.Node]] | None:
     for view in buffer.users:
         writes = [user for user in view.users if user.target is aten.copy_.default and user.args[0] is view]
         if view.target is aten.slice.Tensor and len(writes) == len(view.users) == 1 and len(view.args) <= 4:
-            _, axis, start, stop = (*view.args, *(0, 0, None)[len(view.args) - 1 :])
-            axis = int(axis) % len(shape)  # type: ignore[arg-type]
+            _, axis, start, stop = slice_arguments(view)
+            axis %= len(shape)
             if not all(isinstance(n, int | None) for n in (start, stop)) or not isinstance(shape[axis], int):
                 return None
             axes.add(axis)
@@ -50,7 +50,7 @@ def fold_fill(graph: fx.Graph, buffer: fx.Node, fills: list[Any], order: dict[fx
         return
     if any(not same_shape(write.args[1], view) for _, _, view, write in fills):
         return
-    axis = int(next(iter(views)).args[1]) % buffer.meta["val"].dim()
+    axis = slice_arguments(next(iter(views)))[1] % buffer.meta["val"].dim()
     with graph.inserting_after(last):
         joined = graph.call_function(aten.cat.default, ([write.args[1] for *_, write in fills], axis))
     joined.meta = {"val": buffer.meta["val"], "scope": last.meta.get("scope", "")}
@@ -59,6 +59,12 @@ def fold_fill(graph: fx.Graph, buffer: fx.Node, fills: list[Any], order: dict[fx
     for _, _, view, write in fills:
         graph.erase_node(write)
         graph.erase_node(view)
+
+
+def slice_arguments(node: fx.Node) -> tuple[Any, Any, Any, Any]:
+    """(source, axis, start, stop) of an aten.slice with its defaults."""
+    given = dict(enumerate(node.args))
+    return given[0], given.get(1, 0), given.get(2), given.get(3)
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:

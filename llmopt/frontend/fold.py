@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
+from llmopt.frontend.fills import slice_arguments
 from llmopt.ir.weights import Constant, Transposed, Weight
 
 aten = torch.ops.aten
@@ -59,14 +62,13 @@ def swaps_last_axes(node: fx.Node) -> bool:
     """Whether a node swaps the last two axes of its input and nothing else."""
     if node.target not in FLIPS:
         return False
-    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
-    last = {rank - 2, rank - 1}
+    given: tuple[Any, ...] = tuple(node.args)
+    rank = given[0].meta["val"].dim()
     if node.target is aten.t.default:
-        return rank == 2
+        return bool(rank == 2)
     if node.target is aten.transpose.int:
-        return {a % rank for a in node.args[1:]} == last  # type: ignore[operator,union-attr]
-    order = [a % rank for a in node.args[1]]  # type: ignore[union-attr,operator]
-    return order == [*range(rank - 2), rank - 1, rank - 2]
+        return {axis % rank for axis in given[1:]} == {rank - 2, rank - 1}
+    return [axis % rank for axis in given[1]] == [*range(rank - 2), rank - 1, rank - 2]
 
 
 def fold_partial_ropes(graph: fx.Graph) -> None:
@@ -92,13 +94,10 @@ def fold_partial_ropes(graph: fx.Graph) -> None:
 
 def sliced(node: object, start: int, stop: int | None) -> fx.Node | None:
     """The source of ``source[..., start:stop]`` (stop None: to the end), if the node is that slice."""
-    if not isinstance(node, fx.Node) or node.target is not aten.slice.Tensor:
+    if not isinstance(node, fx.Node) or node.target is not aten.slice.Tensor or len(node.args) > 4:
         return None
-    source, axis, low, high = (*node.args, *(0, None, None)[len(node.args) - 1 :])[:4]
-    value = source.meta["val"]  # type: ignore[union-attr]
-    size = value.shape[-1]
-    if axis not in (-1, value.dim() - 1) or len(node.args) > 4:
-        return None
-    if (low or 0) != start or min(size, size if high is None else high) != (size if stop is None else stop):  # type: ignore[type-var]
-        return None
-    return source  # type: ignore[return-value]
+    source, axis, low, high = slice_arguments(node)
+    shape = source.meta["val"].shape
+    size = shape[-1]
+    ends = min(size, size if high is None else high) == (size if stop is None else stop)
+    return source if axis in (-1, len(shape) - 1) and (low or 0) == start and ends else None

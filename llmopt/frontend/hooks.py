@@ -117,7 +117,7 @@ def mask_maker(state: Capture, name: str) -> Callable[..., Tensor | None]:
     return make
 
 
-def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts interface: hidden (T, C), index and weights (T, k) give (T, C)."""
     state = current[-1]
     state.experts.append(state.paths.get(self, "?"))
@@ -136,15 +136,19 @@ def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     )
 
 
+def register() -> None:
+    """Make ``llmopt`` an attention and an experts implementation transformers can be set to."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
+
+
 @contextmanager
 def installed(state: Capture, modules: list[ModuleType]) -> Iterator[None]:
     """Answer the interfaces for ``state`` while the context lasts; ``modules`` are the model's Python modules."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
     makers = {name: mask_maker(state, name) for name in MASK_MAKERS}
     originals = {getattr(masking_utils, name): makers[name] for name in MASK_MAKERS}
     layers = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
-    patches = [
+    patches: list[Any] = [
         mock.patch.object(module, name, originals[value])
         for module in (*modules, masking_utils)
         for name, value in list(vars(module).items())

@@ -9,25 +9,29 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from llmopt.errors import UnsupportedModelError
-from llmopt.frontend.hooks import NAME, Capture
+from llmopt.frontend.hooks import NAME, Capture, register
 from llmopt.ir.module import Module
 
 REDUCTIONS = {
     "sum", "mean", "amax", "amin", "max", "min", "softmax", "_softmax", "log_softmax", "cumsum", "cumprod", "sort",
     "topk", "argmax", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "flip", "roll", "logcumsumexp",
 }  # fmt: skip
-MIXERS = {"conv1d", "conv2d", "convolution", "conv_transpose1d", "scaled_dot_product_attention", "arange", "tril", "triu"}
+MIXERS = {
+    "conv1d",
+    "conv2d",
+    "convolution",
+    "conv_transpose1d",
+    "scaled_dot_product_attention",
+    "arange",
+    "tril",
+    "triu",
+}
 MIXER_WORDS = ("attention", "attn", "mixer", "mamba", "ssm", "delta", "conv", "recurrent", "rwkv", "lstm")
 
 
 def check_interfaces(model: PreTrainedModel) -> None:
     """Point the model's attention and experts at llmopt; raises UnsupportedModelError when they have no interface."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    from llmopt.frontend import hooks
-
-    ALL_ATTENTION_FUNCTIONS.register(NAME, hooks.attention)
-    hooks.ALL_EXPERTS_FUNCTIONS.register(NAME, hooks.experts)
+    register()
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not module._can_set_attn_implementation():
             raise UnsupportedModelError(

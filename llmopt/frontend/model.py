@@ -38,7 +38,9 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=False
+            )
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else repr(error)
         raise UnsupportedModelError(f"no decoder can be built for {kind!r}: {first}", where=where) from error
@@ -79,7 +81,9 @@ def model_config(checkpoint: Checkpoint, model: PreTrainedModel, max_context: in
         raise ConfigError(f"max_context is {max_context}, at least 1 is needed")
     longest = stretched_limit(text, limit)
     if max_context is not None and longest is not None and max_context > longest:
-        raise ConfigError(f"max_context {max_context} exceeds the model's {longest} positions", where=str(checkpoint.path))
+        raise ConfigError(
+            f"max_context {max_context} exceeds the model's {longest} positions", where=str(checkpoint.path)
+        )
     if max_context is None and limit is None:
         raise ConfigError("the model names no longest context", hint="give max_context")
     eos = checkpoint.generation_config.get("eos_token_id", text.eos_token_id)
@@ -103,8 +107,10 @@ def computed_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     values: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        mine = [n for n in module._buffers if n in module._non_persistent_buffers_set and module._buffers[n] is not None]
-        if not mine or not all(module._buffers[n].is_meta for n in mine):  # type: ignore[union-attr]
+        mine = [
+            n for n in module._buffers if n in module._non_persistent_buffers_set and module._buffers[n] is not None
+        ]
+        if not mine or not all(module._buffers[n].is_meta for n in mine):
             continue
         trial = initialized(model, module, 0.5), initialized(model, module, 0.25)
         for name in mine:
@@ -126,10 +132,10 @@ def initialized(model: PreTrainedModel, module: nn.Module, fill: float) -> nn.Mo
         n: None if b is None else torch.full(b.shape, fill).to(b.dtype) for n, b in module._buffers.items()
     }
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         with torch.no_grad():
-            model._init_weights(trial)
+            model._init_weights(trial)  # type: ignore[no-untyped-call]
     except (AttributeError, TypeError, RuntimeError, KeyError):
         return None
     finally:

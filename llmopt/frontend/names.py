@@ -58,7 +58,7 @@ def aliases(model: PreTrainedModel) -> dict[str, str]:
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     preferred = set(getattr(model, "_tied_weights_keys", None) or ())
-    names = sorted(model.named_parameters(remove_duplicate=False), key=lambda item: (item[0] in preferred))
+    names = sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[0] in preferred)
     for name, parameter in names:
         owner = owners.setdefault(id(parameter), name)
         if owner != name:
@@ -138,5 +138,3 @@ def transposed(weight: Weight, axes: set[int], target: str) -> Weight:
     if {axis % rank for axis in axes} != {rank - 2, rank - 1}:
         raise UnsupportedModelError(f"tensor {target} swaps axes {sorted(axes)} of {rank}")
     return Transposed(weight)
-
-

@@ -147,7 +147,9 @@ def raised_rope(function: FunctionType, tables: Tables) -> Callable[..., Any] | 
 def rotate(form: RopeForm, values: list[Tensor], cos: Tensor, sin: Tensor, axis: int) -> Any:
     """llmopt.rope of each tensor, heads in axis 1 (or 2, then turned)."""
     if axis == 2:
-        return tuple(v.transpose(1, 2) for v in as_tuple(rotate(form, [v.transpose(1, 2) for v in values], cos, sin, 1)))
+        return tuple(
+            v.transpose(1, 2) for v in as_tuple(rotate(form, [v.transpose(1, 2) for v in values], cos, sin, 1))
+        )
     turned = tuple(form(v, cos, sin) for v in values)
     return turned if form.tensors > 1 else turned[0]
 

@@ -59,7 +59,7 @@ def is_rotary(module: nn.Module) -> bool:
     return bool(frequency_names(module)) and not list(module.parameters())
 
 
-def probe_rotary(module: nn.Module, max_context: int, path: str) -> dict[str | None, Table]:
+def probe_rotary(module: Any, max_context: int, path: str) -> dict[str | None, Table]:
     """The tables of a rotary module by layer type (None: the only one).
 
     Runs a real copy of it; raises UnsupportedModelError when it computes something else.
@@ -71,10 +71,10 @@ def probe_rotary(module: nn.Module, max_context: int, path: str) -> dict[str | N
     return tables
 
 
-def probe_table(module: nn.Module, name: str, kind: str | None, max_context: int, path: str) -> Table:
+def probe_table(module: Any, name: str, kind: str | None, max_context: int, path: str) -> Table:
     """One table. Dynamic scaling takes the frequencies of the whole context, longrope keeps two and a switch."""
     where = f"{path} ({type(module).__name__})"
-    parameters = module.config.rope_parameters  # type: ignore[union-attr]
+    parameters = module.config.rope_parameters
     parameters = parameters.get(kind, parameters) if kind else parameters
     switch = int(parameters.get("original_max_position_embeddings") or 0)
 
@@ -92,7 +92,7 @@ def probe_table(module: nn.Module, name: str, kind: str | None, max_context: int
     return Table(short.inv_freq, short.scale, short.layout, long.inv_freq, long.scale, switch)
 
 
-def run_copy(module: nn.Module, name: str, kind: str | None, length: int, where: str) -> Table:
+def run_copy(module: Any, name: str, kind: str | None, length: int, where: str) -> Table:
     """Run a fresh CPU copy over positions up to ``length - 1`` and read its table off, checked against its output."""
     try:
         trial: Any = type(module)(module.config)

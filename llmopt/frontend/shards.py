@@ -101,7 +101,9 @@ def read_shard(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"truncated: {size} bytes, no safetensors header", where=str(file))
     (length,) = struct.unpack("<Q", read_range(file, 0, 8, "header"))
     if length > min(size - 8, MAX_HEADER_BYTES):
-        raise CheckpointError(f"truncated or no safetensors file: a header of {length} bytes in {size}", where=str(file))
+        raise CheckpointError(
+            f"truncated or no safetensors file: a header of {length} bytes in {size}", where=str(file)
+        )
     try:
         header = json.loads(bytes(read_range(file, 8, length, "header")))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}

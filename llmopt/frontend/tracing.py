@@ -20,7 +20,7 @@ from llmopt.frontend.ledger import Ledger, take_ledger
 from llmopt.frontend.model import build_model, computed_buffers, model_config
 from llmopt.frontend.names import find_weights
 from llmopt.frontend.raising import python_modules, raise_modules, raised_functions
-from llmopt.ir.module import Module, ModelConfig, attach
+from llmopt.ir.module import ModelConfig, Module, attach
 from llmopt.ir.weights import Constant, Weight
 
 EXAMPLE_ROWS = 7
@@ -135,9 +135,7 @@ def make_module(graph: fx.Graph, table: dict[str, Weight], config: ModelConfig) 
         attach(root, str(node.target), node.meta["val"])
     rows = next(iter(graph.find_nodes(op="placeholder"))).meta["val"].shape[1]
     function = fx.GraphModule(root, graph)
-    module = Module(
-        {"step": function}, table, {"T": (1, config.max_context)}, {str(rows.node.expr): "T"}, config
-    )
+    module = Module({"step": function}, table, {"T": (1, config.max_context)}, {str(rows.node.expr): "T"}, config)
     module.prune_weights()
     return module
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ def tokens(length: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Captured]]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Captured]:
     """transformers' model of an architecture and its capture."""
     path = make_checkpoint(request.param, tmp_path_factory.mktemp(request.param.replace("/", "-")))
-    yield eager_model(path), capture(load_checkpoint(path))
+    return eager_model(path), capture(load_checkpoint(path))
 
 
 def test_logits_equal_eager(case: tuple[Any, Captured]) -> None:
