@@ -1,6 +1,6 @@
 """Times decode steps of the onnxruntime executor on a Llama shape: ms a step and tokens a second by batch size.
 
-python benchmarks/ort_step.py --bits 4 --accuracy-level 4 --batch 1 8
+python benchmarks/ort_step.py int4-cpu --accuracy-level 0 --batch 1 8
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +27,7 @@ from llmopt.ir.pass_manager import PassManager
 from llmopt.lower.lowering import lower
 from llmopt.lower.readers import readers
 from llmopt.program import Program
-from llmopt.recipe import parse_recipe
+from llmopt.recipe import Recipe, load_recipe
 from llmopt.registry import load_target
 from llmopt.runtime.executors.onnxruntime import COPY_FILE, MODEL_FILE, OnnxruntimeExecutor
 from llmopt.runtime.protocol import Admission, SamplingParams, SeqStep, StepBatch
@@ -34,16 +35,6 @@ from llmopt.target import BuildContext, LoadOptions, TargetFiles
 
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
          "intermediate_size": 2048, "vocab_size": 32000, "max_position_embeddings": 1024}  # fmt: skip
-PASSES = """
-  - eliminate_noops
-  - fuse_qkv
-  - fuse_gate_up
-  - fuse_gated_activation
-  - fuse_add_norm
-  - rewrite_kv_cache: {layout: slots}
-  - fuse_rope_kv_write
-  - prune_logits
-"""
 
 
 class Store:
@@ -62,17 +53,9 @@ class Store:
         return str(self.tensors[name].dtype)
 
 
-def build(bits: int, group: int | None, accuracy_level: int) -> tuple[Program, TargetFiles, Store]:
-    """Compile the shape with random weights; ``bits`` 32 leaves them alone."""
-    quantize = (
-        ""
-        if bits == 32
-        else f"  - quantize_weights: {{bits: {bits}{'' if group is None else f', group_size: {group}'}}}\n"
-    )
-    text = f"target: onnxruntime\ndtype: float32\npasses:{PASSES}{quantize}"
-    if bits != 32:
-        text += f"target_options: {{accuracy_level: {accuracy_level}}}\n"
-    recipe, target = parse_recipe(text), load_target("onnxruntime")
+def build(recipe: Recipe) -> tuple[Program, TargetFiles, Store]:
+    """Compile the shape with random weights."""
+    target = load_target(recipe.target)
     with TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16).save_pretrained(folder)
@@ -116,19 +99,21 @@ def measure(executor: OnnxruntimeExecutor, batch: int, past: int, repeats: int) 
 def main() -> None:
     """Parse, build, print one JSON row a batch size."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bits", type=int, default=32)
-    parser.add_argument("--group", type=int)
-    parser.add_argument("--accuracy-level", type=int, default=0)
+    parser.add_argument("recipe", help="name or path")
+    parser.add_argument("--accuracy-level", type=int, help="instead of the recipe's")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--past", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
-    program, files, store = build(args.bits, args.group, args.accuracy_level)
+    recipe = load_recipe(args.recipe)
+    if args.accuracy_level is not None:
+        recipe = replace(recipe, target_options={"accuracy_level": args.accuracy_level})
+    program, files, store = build(recipe)
     options = LoadOptions(threads=args.threads, max_sequences=max(args.batch), max_context=512)
     executor = OnnxruntimeExecutor(program, files.files[MODEL_FILE], files.files[COPY_FILE], store, options)
     for batch in args.batch:
-        case = {"bits": args.bits, "group": args.group, "accuracy_level": args.accuracy_level, "batch": batch}
+        case = {"recipe": args.recipe, **recipe.target_options, "batch": batch}
         load = round(os.getloadavg()[0], 2)
         print(
             json.dumps({**case, "past": args.past, **measure(executor, batch, args.past, args.repeats), "load": load})

@@ -37,7 +37,12 @@ def uncached(e: Emitter, call: OpCall) -> None:
 
 @emits("llmopt.kv_write", "llmopt.rope_kv_write")
 def kv_write(e: Emitter, call: OpCall) -> None:
-    """Nothing yet: the attention that reads the states does the write."""
+    """The attention that reads the states does the write; a rotated q is kept for whoever else reads it."""
+    if call.op == "llmopt.rope_kv_write":
+        args = call.args
+        e.values[call.outputs[0]] = rotate(
+            e, e.ref(args["q"]), args["q"], args["cos"], args["sin"], args["interleaved"]
+        )
 
 
 def write_of(e: Emitter, state: Arg) -> Write | None:

@@ -222,11 +222,3 @@ def arange(e: Emitter, call: OpCall) -> None:
     dtype = e.out(call).dtype
     start, step = call.args.get("start", 0), call.args.get("step", 1)
     e.set(call, e.graph.node("Range", *(e.operand(a, dtype) for a in (start, call.args["end"], step))))
-
-
-@emits("aten.one_hot.default")
-def one_hot(e: Emitter, call: OpCall) -> None:
-    """int64 indicator along a new last axis."""
-    classes = e.out(call).shape[-1]
-    values = e.graph.const([0, 1])
-    e.set(call, e.graph.node("OneHot", e.ref(call.args["self"]), e.scalar(classes), values, axis=-1))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
+import onnxruntime as ort  # type: ignore[import-untyped]
 
 from llmopt.errors import ExecutorError, ResourceError
 from llmopt.program import StateGroup, dtype_bytes

@@ -1,0 +1,121 @@
+"""A one-layer model without weights, built around any form of cached attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.export import Dim
+
+import llmopt.ir.ops  # noqa: F401
+from llmopt.ir.module import ModelConfig, Module
+from llmopt.lower.lowering import lower
+from llmopt.program import Program, StateGroup, StateSpec
+
+CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Sizes and options of the layer. ``rotate``: pairs rotated, 0 for none; ``fused``: through rope_kv_write;
+    ``twice``: a second attention reads the same states; ``mixed``: k is rotated, q is not."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    value_dim: int = 16
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    sink_tokens: int = 0
+    rotate: int = 8
+    interleaved: bool = False
+    fused: bool = False
+    twice: bool = False
+    mixed: bool = False
+
+    def heads_of(self, ids: torch.Tensor, seed: float, heads: int, width: int) -> torch.Tensor:
+        """Rows (1, heads, T, width) that depend on the tokens."""
+        wave = torch.arange(heads * width, dtype=torch.float32) * seed
+        rows = torch.sin(ids[..., None].float() * wave + wave)
+        return rows.view(1, ids.shape[1], heads, width).transpose(1, 2)
+
+    def step(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits (1, T, heads * value_dim) and the states."""
+        ids, positions, cu_seqlens, seq_lens, table, slots, k_state, v_state = inputs
+        ops = torch.ops.llmopt
+        q = self.heads_of(ids, 0.7, self.heads, self.head_dim)
+        k = self.heads_of(ids, 1.3, self.kv_heads, self.head_dim)
+        v = self.heads_of(ids, 2.1, self.kv_heads, self.value_dim)
+        if self.rotate:
+            inv_freq = 1.0 / (torch.arange(self.rotate, dtype=torch.float32) + 1)
+            cos, sin = ops.rotary_table(positions, inv_freq, 1.1, None, 1.0, 0, None, torch.float32)
+            if self.fused:
+                q, k_state, v_state = ops.rope_kv_write(q, k, v, cos, sin, k_state, v_state, slots, self.interleaved)
+            else:
+                k = ops.rope(k, cos, sin, self.interleaved)
+                q = q if self.mixed else ops.rope(q, cos, sin, self.interleaved)
+        if not (self.rotate and self.fused):
+            k_state, v_state = ops.kv_write(k_state, v_state, k, v, slots)
+        sinks = torch.arange(self.heads, dtype=torch.float32) * 0.4 if self.sinks else None
+
+        def attend(query: torch.Tensor) -> torch.Tensor:
+            out = ops.cached_attention(
+                query, k_state, v_state, table, cu_seqlens, seq_lens, sinks, 0.4, self.window, self.softcap,
+                self.sink_tokens, False,
+            )  # fmt: skip
+            return out.reshape(1, ids.shape[1], self.heads * self.value_dim)
+
+        logits = attend(q)
+        return (logits + attend(q * 0.5) if self.twice else logits), k_state, v_state
+
+    def program(self) -> Program:
+        """Traced and lowered."""
+        k = torch.zeros(3, self.kv_heads, CONTEXT, self.head_dim)
+        v = torch.zeros(3, self.kv_heads, CONTEXT, self.value_dim)
+        ids, table = torch.arange(7)[None], torch.zeros(2, 1, dtype=torch.int32)
+        bounds, lengths = torch.tensor([0, 4, 7], dtype=torch.int32), torch.tensor([9, 6], dtype=torch.int32)
+        rows, auto = {1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
+        shapes = (rows, rows, auto, auto, auto, {0: Dim.DYNAMIC}, auto, auto)
+        inputs = (ids, ids.clone(), bounds, lengths, table, ids[0].clone(), k, v)
+        traced = torch.export.export(Step(self), inputs, dynamic_shapes=shapes, strict=False).graph_module
+        for node in list(traced.graph.nodes):
+            if node.op == "call_function" and "_assert" in str(node.target):
+                traced.graph.erase_node(node)
+        holders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+        specs = (StateSpec("k_0", self.kv_heads, self.head_dim, "float32", 0),
+                 StateSpec("v_0", self.kv_heads, self.value_dim, "float32", 0))  # fmt: skip
+        symbols = {str(holders[0].meta["val"].shape[1].node.expr): "T"}
+        for node in holders:
+            for d in node.meta["val"].shape:
+                for s in d.node.expr.free_symbols if isinstance(d, torch.SymInt) else ():
+                    symbols.setdefault(s.name, f"D_{s.name}")
+        return lower(
+            Module(
+                {"step": traced}, {}, {d: (1, 4096) for d in symbols.values()}, symbols,
+                ModelConfig(self.heads * self.value_dim, CONTEXT),
+                [StateGroup("slots", "slots", CONTEXT, specs)], {"k_0": 1, "v_0": 2},
+            )
+        )  # fmt: skip
+
+
+class Step(torch.nn.Module):
+    """The layer with the inputs' names every program uses."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table_slots: torch.Tensor,
+        slot_mapping_slots: torch.Tensor,
+        k_0: torch.Tensor,
+        v_0: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        inputs = (input_ids, position_ids, cu_seqlens, seq_lens, block_table_slots, slot_mapping_slots, k_0, v_0)
+        return self.attention.step(*inputs)

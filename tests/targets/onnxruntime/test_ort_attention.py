@@ -1,0 +1,118 @@
+"""Attention in every form against the reference target, on ragged batches over the same states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from llmopt.errors import TargetError
+from llmopt.program import Program
+from llmopt.registry import load_executor_module
+from llmopt.runtime.executors.onnxruntime import MODEL_FILE
+from tests.targets.models import worst
+from tests.targets.onnxruntime.attention import Attention
+from tests.targets.onnxruntime.build import OPTIONS, build, executor
+from tests.targets.ragged import RaggedDriver
+
+GROUPED = {
+    "plain": Attention(rotate=0),
+    "rotated": Attention(),
+    "fused": Attention(fused=True),
+    "interleaved": Attention(interleaved=True),
+    "partial": Attention(head_dim=32, value_dim=32, rotate=8, fused=True),
+    "odd pairs": Attention(head_dim=24, value_dim=24, rotate=6, fused=True),
+    "few pairs": Attention(rotate=2, interleaved=True),
+    "window": Attention(window=5),
+    "softcap": Attention(softcap=0.8),
+    "sinks": Attention(sinks=True),
+    "all": Attention(window=3, softcap=0.8, sinks=True, kv_heads=4, fused=True),
+    "one kv head": Attention(kv_heads=1, head_dim=64, value_dim=64, rotate=32),
+    "q not rotated": Attention(mixed=True),
+}
+STANDARD = {
+    "odd heads": Attention(head_dim=12, value_dim=12, rotate=6, fused=True),
+    "wider values": Attention(value_dim=32),
+    "narrower values, all": Attention(value_dim=8, window=4, softcap=0.8, sinks=True, fused=True),
+    "sink tokens": Attention(window=4, sink_tokens=2),
+    "no rotation": Attention(value_dim=24, rotate=0),
+}
+TWICE = {
+    "grouped, then standard": Attention(twice=True, fused=True),
+    "standard twice": Attention(twice=True, value_dim=8, window=4),
+}
+LENGTHS, PROMPTS = (23, 9, 14), [17, 1, 6]
+
+
+def operators(program: Program) -> set[str]:
+    """Operator names of the emitted model."""
+    return {node.op_type for node in onnx.load_model_from_string(build(program, {}).files[MODEL_FILE]).graph.node}
+
+
+def logits(runner: Any) -> list[Any]:
+    random = np.random.default_rng(1)
+    sequences = [random.integers(0, 30, n).astype(np.int64) for n in LENGTHS]
+    return RaggedDriver(runner).logits(sequences, PROMPTS)
+
+
+def reference(program: Program) -> list[Any]:
+    return logits(load_executor_module("reference").ReferenceExecutor(program, {}, OPTIONS))
+
+
+@pytest.mark.parametrize("name", [*GROUPED, *STANDARD, *TWICE])
+def test_matches_the_reference(name: str) -> None:
+    program = {**GROUPED, **STANDARD, **TWICE}[name].program()
+    assert worst(logits(executor(program, {})), reference(program)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": 5},
+        {"softcap": 0.5},
+        {"sinks": True},
+        {"rotate": 0},
+        {"interleaved": True},
+        {"window": 4, "sink_tokens": 1},
+    ],
+    ids=str,
+)
+def test_every_option_counts(change: dict[str, Any]) -> None:
+    """Negative control: the comparison fails when one option of the layer differs."""
+    base = Attention(window=4) if "sink_tokens" in change else Attention()
+    assert worst(logits(executor(replace(base, **change).program(), {})), reference(base.program())) > 1e-3
+
+
+def test_kernel_choice() -> None:
+    """GroupQueryAttention where it has a kernel, standard operators elsewhere."""
+    assert all("GroupQueryAttention" in operators(a.program()) for a in GROUPED.values())
+    assert not any("GroupQueryAttention" in operators(a.program()) for a in STANDARD.values())
+
+
+@pytest.mark.parametrize("name", ["all", "plain"])
+@pytest.mark.parametrize("kind", ["grouped", "standard"])
+def test_unwritten_slots_are_not_read(name: str, kind: str) -> None:
+    """NaN wherever nothing was written changes nothing."""
+    attention = GROUPED[name] if kind == "grouped" else replace(GROUPED[name], value_dim=8)
+    program = attention.program()
+    runner = executor(program, {})
+    for array in runner.states.memory.arrays.values():  # type: ignore[attr-defined]
+        array.fill(np.nan)
+    assert worst(logits(runner), reference(program)) <= 1e-5
+
+
+def test_refuses_rings_and_uncached_attention() -> None:
+    program = Attention().program()
+    function = program.functions["step"]
+    for change, match in (({"ring": True}, "ring"), (None, "rewrite_kv_cache")):
+        calls = tuple(
+            c if c.op != "llmopt.cached_attention"
+            else replace(c, args={**c.args, **change}) if change else replace(c, op="llmopt.attention")
+            for c in function.calls
+        )  # fmt: skip
+        changed = program.with_functions({"step": replace(function, calls=calls)})
+        with pytest.raises(TargetError, match=match):
+            build(changed, {})
