@@ -1,19 +1,24 @@
 """LaunchPlan: what a cuda artifact executes: kernel launches with every extent resolved (stdlib only).
 
-A plan holds one *bucket* for each batch size (decode) or row count (extend) that the runtime may run. Inside a
-bucket all extents are integers; what changes from step to step (lengths, block tables, slots) lives in device
-memory, so that a bucket can be captured as a CUDA graph once and replayed.
+A plan serves one GPU architecture. It holds one *bucket* for each batch size (decode) or row count (extend) that
+the runtime may run. Inside a bucket all extents are integers; what changes from step to step (lengths, block
+tables, slots) lives in device memory, so that a bucket can be captured as a CUDA graph once and replayed.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from llmopt.errors import ArtifactError
 
 FORMAT = 1
+
+
+def plan_file(arch: int) -> str:
+    """Name of an architecture's plan inside the artifact: ``launch/sm_90.json``."""
+    return f"launch/sm_{arch}.json"
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,12 @@ class Scalar:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A TMA descriptor over a row-major tensor: extents and byte strides (outermost first; the last stride is
-    the element's size and omitted), the box a copy moves, and the swizzle in bytes (0, 32, 64, 128)."""
+    """A TMA descriptor over a strided tensor: extents and byte strides (outermost first, the innermost stride, the
+    element's size, included), the box a copy moves, and the swizzle in bytes (0, 32, 64, 128).
+
+    Triton kernels take the descriptor, then the extents (i32), then the strides in elements (i64): three kinds of
+    parameters for one operand.
+    """
 
     name: str
     offset: int
@@ -48,18 +57,20 @@ class TensorMap:
 
 Operand: TypeAlias = "Pointer | Scalar | TensorMap"
 _OPERANDS = {"pointer": Pointer, "scalar": Scalar, "tensor_map": TensorMap}
+_TAGS = {cls: tag for tag, cls in _OPERANDS.items()}
 
 
 @dataclass(frozen=True)
 class Cubin:
-    """A compiled kernel. ``file`` is relative to the artifact and holds ``{arch}``; resources are per arch."""
+    """A compiled kernel: ``file`` inside the artifact, entry ``symbol``, threads a block, dynamic shared memory,
+    and what the assembler gave it (registers a thread, bytes of local memory)."""
 
     file: str
     symbol: str
     threads: int
-    shared: dict[str, int]
-    registers: dict[str, int]
-    spills: dict[str, int]
+    shared: int
+    registers: int
+    spills: int
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,22 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class View:
+    """A tensor the host reads or writes: where it lies, dtype, extents, strides in elements; offset in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class Bucket:
     """The launches for one set of extents (``dims``), and where each arena buffer lies (bytes).
 
-    ``zeroed``: arena buffers that must hold zeros before the first launch (counters that kernels reset themselves).
+    ``logits``: (M, V), alive until the bucket's next run. ``zeroed``: arena ranges (offset, bytes) that must hold
+    zeros before the first launch of any bucket; kernels leave zeros there, and no bucket puts anything else there.
     """
 
     function: str
@@ -89,21 +112,27 @@ class Bucket:
     launches: tuple[Launch, ...]
     offsets: dict[str, int]
     arena_bytes: int
-    zeroed: tuple[str, ...] = ()
+    logits: View
+    zeroed: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Everything the cuda executor runs. ``inputs``: dtype and shape of each step input at its largest."""
+    """Everything the cuda executor runs on one architecture. ``inputs``: each step input at its largest."""
 
-    archs: tuple[str, ...]
+    arch: int
     kernels: dict[str, Cubin]
     buckets: tuple[Bucket, ...]
-    block_table_width: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, View] = field(default_factory=dict)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the one arena that serves every bucket."""
+        return max((b.arena_bytes for b in self.buckets), default=0)
 
     def to_json(self) -> str:
         """Canonical text: equal plans give equal bytes."""
-        return json.dumps({"format": FORMAT, **asdict_typed(self)}, indent=None, separators=(",", ":")) + "\n"
+        return json.dumps({"format": FORMAT, **_fields(self)}, default=_encode, separators=(",", ":")) + "\n"
 
     @staticmethod
     def from_json(text: str) -> LaunchPlan:
@@ -113,27 +142,27 @@ class LaunchPlan:
             if (version := raw.pop("format")) != FORMAT:
                 raise ArtifactError(f"expected launch plan format {FORMAT}, found {version}")
             return LaunchPlan(
-                tuple(raw["archs"]),
+                raw["arch"],
                 {name: Cubin(**k) for name, k in raw["kernels"].items()},
                 tuple(_bucket(b) for b in raw["buckets"]),
-                dict(raw["block_table_width"]),
+                {name: _view(v) for name, v in raw["inputs"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"launch plan is malformed: {error!r}") from error
 
 
-def asdict_typed(plan: LaunchPlan) -> dict[str, Any]:
-    """``dataclasses.asdict`` with each operand tagged by its kind."""
-    raw = asdict(plan)
-    for bucket, raw_bucket in zip(plan.buckets, raw["buckets"]):
-        for launch, raw_launch in zip(bucket.launches, raw_bucket["launches"]):
-            raw_launch["args"] = [_tagged(arg) for arg in launch.args]
-    return raw
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
-def _tagged(operand: Operand) -> list[Any]:
-    kind = next(k for k, cls in _OPERANDS.items() if isinstance(operand, cls))
-    return [kind, *asdict(operand).values()]
+def _encode(value: Any) -> Any:
+    """Operands as a list headed by their kind, other records as objects."""
+    fields = _fields(value)
+    return [_TAGS[type(value)], *fields.values()] if type(value) in _TAGS else fields
+
+
+def _view(raw: dict[str, Any]) -> View:
+    return View(**{**raw, "shape": tuple(raw["shape"]), "strides": tuple(raw["strides"])})
 
 
 def _bucket(raw: dict[str, Any]) -> Bucket:
@@ -141,7 +170,8 @@ def _bucket(raw: dict[str, Any]) -> Bucket:
         Launch(**{**x, "grid": tuple(x["grid"]), "args": tuple(_operand(a) for a in x["args"])})
         for x in raw["launches"]
     )
-    return Bucket(**{**raw, "launches": launches, "zeroed": tuple(raw["zeroed"])})
+    zeroed = tuple((offset, size) for offset, size in raw["zeroed"])
+    return Bucket(**{**raw, "launches": launches, "logits": _view(raw["logits"]), "zeroed": zeroed})
 
 
 def _operand(raw: list[Any]) -> Operand:

@@ -83,8 +83,14 @@ class KernelLaunch:
 class CallSite:
     """A call inside a bucket: values by argument name, outputs in order, every extent resolved to integers.
 
-    ``dims``: the bucket's extents (T rows, N sequences, M logit rows, …). ``tuning``: measured configuration by
-    (kernel, shape key), empty when the arch has none.
+    ``values``: Strided for a tensor (views already folded into strides and offset), int for a dimension expression,
+    the dtype's name for a dtype, tuples of these, otherwise the argument as it is in the program. States are
+    (B, Hk, S, D) dense with B their upper bound, not their real extent; in-place results (the states of a kv write)
+    come as outputs in the same buffer. ``dims``: the bucket's extents (T rows, N sequences, M logit rows, W table
+    width, …); rows past the real ones have slot -1, sequences past the real ones seq_lens 0 and cu_seqlens repeated.
+    ``types``: of the call's own values. ``function``: ``decode`` (one row a sequence: T = N = M, row i is
+    sequence i) or ``extend``. Calls that differ only in buffer names are asked about once, so a selection must not
+    depend on names. ``tuning``: measured configuration by (kernel, shape key), empty when the arch has none.
     """
 
     call: OpCall
