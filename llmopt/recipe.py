@@ -124,7 +124,7 @@ def _entry(item: str | dict[str, dict[str, Any] | None], where: str) -> tuple[st
     return name, options or {}
 
 
-def _check_keys(raw: dict[Any, Any], known: Any, where: str) -> None:
+def _check_keys(raw: Mapping[Any, Any], known: Any, where: str) -> None:
     for key in raw:
         if key not in known:
             raise ConfigError(f"unknown key {key!r}", where=where, hint=did_you_mean(str(key), known))

@@ -20,8 +20,8 @@ def run_module(
 ) -> list[Tensor]:
     """Outputs of a function for real inputs by placeholder name.
 
-    Weights are materialized one at a time from the table, on the inputs' device, and dropped after their last
-    use. ``observe`` sees every node with its value. Raises PassError for a missing input.
+    A weight is read from the table, to the inputs' device, when a node first needs it, and dropped after its last
+    use. ``observe`` sees every other node with its value. Raises PassError for a missing input.
     """
     graph = module.functions[function_name].graph
     missing = [n.name for n in graph.nodes if n.op == "placeholder" and n.name not in inputs]
@@ -49,22 +49,21 @@ class Run:
             dead.setdefault(user, []).append(source)
         for node in graph.nodes:
             if node.op == "output":
-                return [self.values[n] for n in node.args[0]]
-            self.values[node] = value = self.value(node)
-            if self.observe is not None:
-                self.observe(node, value)
+                return [self._real(n) for n in node.args[0]]
+            if node.op != "get_attr":
+                self.values[node] = value = self.value(node)
+                if self.observe is not None:
+                    self.observe(node, value)
             for source in dead.get(node, ()):
                 del self.values[source]
         return []
 
     def value(self, node: fx.Node) -> Any:
-        """The node's value; its inputs have theirs."""
+        """The value of a placeholder or call; a call's inputs have theirs, weights excepted."""
         if node.op == "placeholder":
             value = self.inputs[node.name]
             self._bind(node.meta["val"].shape, value.shape)
             return value
-        if node.op == "get_attr":
-            return self.module.weights[str(node.target)].tensor().to(self.device)
         args, kwargs = self._real(node.args), self._real(node.kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -76,6 +75,8 @@ class Run:
     def _real(self, arg: Any) -> Any:
         match arg:
             case fx.Node():
+                if arg.op == "get_attr" and arg not in self.values:
+                    self.values[arg] = self.module.weights[str(arg.target)].tensor().to(self.device)
                 return self.values[arg]
             case torch.SymInt():
                 return int(arg.node.expr.xreplace(self.symbols))
