@@ -99,7 +99,7 @@ def run(
     """Generate text from ARTIFACT: continue a prompt, chat, or answer a JSONL file.
 
     A line of --input is {"prompt": ...} or {"messages": ...} with fields of the OpenAI API, which go before the
-    flags here, or OpenAI's batch form {"custom_id", "method", "url", "body"}. Answers come in the order of the requests.
+    flags here, or OpenAI's batch form {"custom_id", "method", "url", "body"}. Answers keep the order of the lines.
     """
     if source is not None and (prompt is not None or chat or system is not None):
         raise click.UsageError("--input goes without --prompt, --chat and --system")

@@ -124,6 +124,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        """Refuse at once: jinja2 would let the forbidden attribute pass as an empty value until it is used."""
+        raise SecurityError(f"attribute {attribute!r} of {type(obj).__name__} is out of bounds")
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Refuse powers and repetitions whose result would be huge."""
         if operator == "*":

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from llmopt.errors import ArtifactError, RequestError
@@ -19,9 +19,9 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 class Tokenizer:
     """Wraps a tokenizer.json and its tokenizer_config.json.
 
-    As in transformers, the post-processor of tokenizer.json decides which special tokens ``encode`` adds, unless
-    the config says ``add_bos_token`` or ``add_eos_token``; the config's named tokens count as special. Text is
-    never "cleaned up" after decoding: what the tokens say is what comes out.
+    As in transformers, the post-processor of tokenizer.json alone decides which special tokens ``encode`` adds
+    (``add_bos_token`` of the config does not), and the config's named tokens count as special. Text is never
+    "cleaned up" after decoding: what the tokens say is what comes out.
     """
 
     def __init__(self, backend: Backend, config: Mapping[str, Any]) -> None:
@@ -31,8 +31,6 @@ class Tokenizer:
         self.special_tokens = special_tokens(config)
         known = [t for t in self._listed_special() if backend.token_to_id(t) is not None]
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in known])
-        if "add_bos_token" in config or "add_eos_token" in config:
-            self._set_post_processor(bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._kind = decoder_kind(backend)
@@ -90,14 +88,6 @@ class Tokenizer:
     def _listed_special(self) -> list[str]:
         extra = self.config.get("additional_special_tokens") or self.config.get("extra_special_tokens") or []
         return [*self.special_tokens.values(), *(token_text(t) for t in extra if not isinstance(extra, dict))]
-
-    def _set_post_processor(self, bos: bool, eos: bool) -> None:
-        wanted = [self.special_tokens.get("bos_token") if bos else None]
-        wanted += [self.special_tokens.get("eos_token") if eos else None]
-        first, last = (t if t is not None and self.token_id(t) is not None else None for t in wanted)
-        pieces = [*([f"{first}:0"] if first else []), "$A:0", *([f"{last}:0"] if last else [])]
-        ids = [(t, self.token_id(t)) for t in (first, last) if t]
-        self.backend.post_processor = processors.TemplateProcessing(single=" ".join(pieces), special_tokens=ids)
 
 
 def read_json(path: Path) -> dict[str, Any]:

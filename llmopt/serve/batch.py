@@ -17,7 +17,7 @@ from llmopt.runtime.params import check_params, check_prompt
 from llmopt.runtime.stream import Delta
 from llmopt.serve.prompts import request_prompts
 from llmopt.serve.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
-from llmopt.serve.responses import ChoiceWriter, Head, spoken, usage
+from llmopt.serve.responses import ChoiceWriter, Head, usage
 
 ENDPOINTS: dict[str, type[CompletionRequest] | type[ChatRequest]] = {
     "/v1/completions": CompletionRequest,
@@ -174,7 +174,7 @@ def _render(job: Job, head: Head, parts: Sequence[_Sequence]) -> dict[str, Any]:
     return {
         **named,
         "text": only.echo + "".join(d.text for d in only.deltas),
-        "tokens": [t.token for d in only.deltas for t in spoken(d)],
+        "tokens": [t.token for d in only.deltas for t in d.tokens],
         "finish_reason": only.deltas[-1].finish_reason,
         "usage": counts,
     }
