@@ -48,7 +48,8 @@ def contrib(e: Emitter, call: OpCall, kind: str) -> str:
 
 def spread(e: Emitter, call: OpCall, values: str, empty: float) -> str:
     """Per-choice values (T, k) as (T, E), ``empty`` for experts that were not chosen."""
-    index, experts = call.args["index"], int(e.shape(call.args["gate_up"])[0])
+    index = call.args["index"]
+    experts = int(e.shape(call.args["gate_up" if "gate_up" in call.args else "gate_up_codes"])[0])
     rows = e.shape(index)[0]
     base = e.graph.node("Expand", e.graph.const(empty, "float32"), e.dims((rows, experts), False))
     return e.graph.node("ScatterElements", base, e.operand(index, "int64"), values, axis=1)

@@ -9,10 +9,12 @@ from torch.export import Dim
 
 import llmopt.ir.ops  # noqa: F401
 from llmopt.ir.module import ModelConfig, Module
+from llmopt.ir.weights import Constant
 from llmopt.lower.lowering import lower
-from llmopt.program import Program, StateGroup, StateSpec
+from llmopt.lower.readers import Reader
+from llmopt.program import Program, StateGroup, StateSpec, TensorType
 
-CONTEXT = 64
+CONTEXT, INV_FREQ = 64, "rotary.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,19 @@ class Attention:
     twice: bool = False
     mixed: bool = False
 
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        """(rotate,) fp32."""
+        return 1.0 / (torch.arange(self.rotate, dtype=torch.float32) + 1)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights of the program."""
+        return {INV_FREQ: self.inv_freq} if self.rotate else {}
+
+    def readers(self) -> dict[str, Reader]:
+        """Weights of the program, as the target reads them."""
+        return {n: Reader(Constant(t), TensorType(tuple(t.shape), "float32")) for n, t in self.tensors().items()}
+
     def heads_of(self, ids: torch.Tensor, seed: float, heads: int, width: int) -> torch.Tensor:
         """Rows (1, heads, T, width) that depend on the tokens."""
         wave = torch.arange(heads * width, dtype=torch.float32) * seed
@@ -42,13 +57,12 @@ class Attention:
 
     def step(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits (1, T, heads * value_dim) and the states."""
-        ids, positions, cu_seqlens, seq_lens, table, slots, k_state, v_state = inputs
+        ids, positions, cu_seqlens, seq_lens, table, slots, k_state, v_state, inv_freq = inputs
         ops = torch.ops.llmopt
         q = self.heads_of(ids, 0.7, self.heads, self.head_dim)
         k = self.heads_of(ids, 1.3, self.kv_heads, self.head_dim)
         v = self.heads_of(ids, 2.1, self.kv_heads, self.value_dim)
         if self.rotate:
-            inv_freq = 1.0 / (torch.arange(self.rotate, dtype=torch.float32) + 1)
             cos, sin = ops.rotary_table(positions, inv_freq, 1.1, None, 1.0, 0, None, torch.float32)
             if self.fused:
                 q, k_state, v_state = ops.rope_kv_write(q, k, v, cos, sin, k_state, v_state, slots, self.interleaved)
@@ -85,18 +99,22 @@ class Attention:
         holders = [n for n in traced.graph.nodes if n.op == "placeholder"]
         specs = (StateSpec("k_0", self.kv_heads, self.head_dim, "float32", 0),
                  StateSpec("v_0", self.kv_heads, self.value_dim, "float32", 0))  # fmt: skip
+        buffers = [n for n in holders if n.name == "b_inv_freq"]
+        holders = [n for n in holders if n not in buffers]
         symbols = {str(holders[0].meta["val"].shape[1].node.expr): "T"}
         for node in holders:
             for d in node.meta["val"].shape:
                 for s in d.node.expr.free_symbols if isinstance(d, torch.SymInt) else ():
                     symbols.setdefault(s.name, f"D_{s.name}")
-        return lower(
-            Module(
-                {"step": traced}, {}, {d: (1, 4096) for d in symbols.values()}, symbols,
-                ModelConfig(self.heads * self.value_dim, CONTEXT),
-                [StateGroup("slots", "slots", CONTEXT, specs)], {"k_0": 1, "v_0": 2},
-            )
-        )  # fmt: skip
+        dims = dict.fromkeys(symbols.values(), (1, 4096))
+        group = StateGroup("slots", "slots", CONTEXT, specs)
+        config = ModelConfig(self.heads * self.value_dim, CONTEXT)
+        module = Module({"step": traced}, {}, dims, symbols, config, [group], {"k_0": 1, "v_0": 2})
+        for node in buffers:
+            if self.rotate:
+                node.replace_all_uses_with(module.weight_node(traced, INV_FREQ, Constant(self.inv_freq)))
+            traced.graph.erase_node(node)
+        return lower(module)
 
 
 class Step(torch.nn.Module):
@@ -105,6 +123,7 @@ class Step(torch.nn.Module):
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.attention = attention
+        self.register_buffer("inv_freq", attention.inv_freq)
 
     def forward(
         self,
@@ -118,4 +137,4 @@ class Step(torch.nn.Module):
         v_0: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         inputs = (input_ids, position_ids, cu_seqlens, seq_lens, block_table_slots, slot_mapping_slots, k_0, v_0)
-        return self.attention.step(*inputs)
+        return self.attention.step(*inputs, self.inv_freq)

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llmopt.ir.module import Module, ModelConfig
+from llmopt.ir.module import ModelConfig, Module
 from llmopt.lower.lowering import lower
 from llmopt.lower.readers import to_numpy
 from llmopt.program import Program
@@ -64,7 +64,7 @@ def trace(function: Callable[..., Any], *example: torch.Tensor) -> Program:
     values = [n.meta["val"] for n in graph_module.graph.nodes if n.op == "placeholder"]
     symbols = {s.name: f"D_{s.name}" for v in values for d in v.shape if isinstance(d, torch.SymInt)
                for s in d.node.expr.free_symbols}  # fmt: skip
-    module = Module({"step": graph_module}, {}, {d: (1, 1024) for d in symbols.values()}, symbols, ModelConfig(8, 64))
+    module = Module({"step": graph_module}, {}, dict.fromkeys(symbols.values(), (1, 1024)), symbols, ModelConfig(8, 64))
     return lower(module)
 
 

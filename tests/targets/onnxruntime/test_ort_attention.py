@@ -10,7 +10,6 @@ import onnx
 import pytest
 
 from llmopt.errors import TargetError
-from llmopt.program import Program
 from llmopt.registry import load_executor_module
 from llmopt.runtime.executors.onnxruntime import MODEL_FILE
 from tests.targets.models import worst
@@ -47,9 +46,10 @@ TWICE = {
 LENGTHS, PROMPTS = (23, 9, 14), [17, 1, 6]
 
 
-def operators(program: Program) -> set[str]:
+def operators(layer: Attention) -> set[str]:
     """Operator names of the emitted model."""
-    return {node.op_type for node in onnx.load_model_from_string(build(program, {}).files[MODEL_FILE]).graph.node}
+    model = build(layer.program(), layer.readers()).files[MODEL_FILE]
+    return {node.op_type for node in onnx.load_model_from_string(model).graph.node}
 
 
 def logits(runner: Any) -> list[Any]:
@@ -58,14 +58,19 @@ def logits(runner: Any) -> list[Any]:
     return RaggedDriver(runner).logits(sequences, PROMPTS)
 
 
-def reference(program: Program) -> list[Any]:
-    return logits(load_executor_module("reference").ReferenceExecutor(program, {}, OPTIONS))
+def reference(layer: Attention) -> list[Any]:
+    module = load_executor_module("reference")
+    return logits(module.ReferenceExecutor(layer.program(), layer.tensors(), OPTIONS))
+
+
+def emitted(layer: Attention) -> Any:
+    return executor(layer.program(), layer.readers())
 
 
 @pytest.mark.parametrize("name", [*GROUPED, *STANDARD, *TWICE])
 def test_matches_the_reference(name: str) -> None:
-    program = {**GROUPED, **STANDARD, **TWICE}[name].program()
-    assert worst(logits(executor(program, {})), reference(program)) <= 1e-5
+    layer = {**GROUPED, **STANDARD, **TWICE}[name]
+    assert worst(logits(emitted(layer)), reference(layer)) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -83,25 +88,24 @@ def test_matches_the_reference(name: str) -> None:
 def test_every_option_counts(change: dict[str, Any]) -> None:
     """Negative control: the comparison fails when one option of the layer differs."""
     base = Attention(window=4) if "sink_tokens" in change else Attention()
-    assert worst(logits(executor(replace(base, **change).program(), {})), reference(base.program())) > 1e-3
+    assert worst(logits(emitted(replace(base, **change))), reference(base)) > 1e-3
 
 
 def test_kernel_choice() -> None:
     """GroupQueryAttention where it has a kernel, standard operators elsewhere."""
-    assert all("GroupQueryAttention" in operators(a.program()) for a in GROUPED.values())
-    assert not any("GroupQueryAttention" in operators(a.program()) for a in STANDARD.values())
+    assert all("GroupQueryAttention" in operators(a) for a in GROUPED.values())
+    assert not any("GroupQueryAttention" in operators(a) for a in STANDARD.values())
 
 
 @pytest.mark.parametrize("name", ["all", "plain"])
 @pytest.mark.parametrize("kind", ["grouped", "standard"])
 def test_unwritten_slots_are_not_read(name: str, kind: str) -> None:
     """NaN wherever nothing was written changes nothing."""
-    attention = GROUPED[name] if kind == "grouped" else replace(GROUPED[name], value_dim=8)
-    program = attention.program()
-    runner = executor(program, {})
+    layer = GROUPED[name] if kind == "grouped" else replace(GROUPED[name], value_dim=8)
+    runner = emitted(layer)
     for array in runner.states.memory.arrays.values():  # type: ignore[attr-defined]
         array.fill(np.nan)
-    assert worst(logits(runner), reference(program)) <= 1e-5
+    assert worst(logits(runner), reference(layer)) <= 1e-5
 
 
 def test_refuses_rings_and_uncached_attention() -> None:
@@ -115,4 +119,4 @@ def test_refuses_rings_and_uncached_attention() -> None:
         )  # fmt: skip
         changed = program.with_functions({"step": replace(function, calls=calls)})
         with pytest.raises(TargetError, match=match):
-            build(changed, {})
+            build(changed, Attention().readers())
