@@ -25,7 +25,7 @@ from tests.architectures import make_checkpoint
 
 RECIPE = """
 target: {target}
-dtype: float32
+dtype: {dtype}
 max_context: 64
 passes:
   - eliminate_noops
@@ -56,12 +56,12 @@ class Compiled:
 
 
 @cache
-def compiled(architecture: str, target: str, layout: str, options: str = "") -> Compiled:
+def compiled(architecture: str, target: str, layout: str, options: str = "", dtype: str = "float32") -> Compiled:
     """Compile a tiny random model of an architecture with every pass of the repository."""
     with TemporaryDirectory() as folder:
         path = Path(folder)
         make_checkpoint(architecture, path)
-        recipe = parse_recipe(RECIPE.format(target=target, layout=layout, options=options))
+        recipe = parse_recipe(RECIPE.format(target=target, layout=layout, options=options, dtype=dtype))
         captured = capture(load_checkpoint(path), recipe.torch_dtype, recipe.max_context)
         module = captured.module
         PassManager().run(module, recipe.passes, pass_context(load_target(target), recipe))

@@ -88,8 +88,9 @@ def test_weights_stream_in_chunks() -> None:
         assert all(c.nbytes <= 1 << 10 or len(c) == 1 for c in chunks if c.ndim)
 
 
-def test_float16() -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral", "gpt2", "phi3-longrope", "gpt_oss"])
+def test_float16(architecture: str) -> None:
     """A float16 program runs on the CPU provider too, within float16's rounding of eager."""
-    model = compiled("llama", "onnxruntime", "slots", dtype="float16")
+    model = compiled(architecture, "onnxruntime", "slots", dtype="float16")
     sequences = RaggedDriver(executor(model.program, model.weights)).logits(model.sequences, [17, 1, 6])
     assert worst(sequences, model.expected) <= 2e-2
