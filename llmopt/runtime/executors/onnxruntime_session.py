@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TABLES, ACTIVATIONS = "llmopt.rotary_tables", "llmopt.activations"
 MAX_BINDINGS = 64
+MINIMUM = (1, 24)
+"""GroupQueryAttention of onnxruntime 1.23 silently gets sliding windows wrong (errors of 0.1 to 0.4 on tiny models)."""
 
 
 def device_of(options: LoadOptions) -> tuple[str, int]:
@@ -34,6 +36,7 @@ def new_session(model: bytes, settings: ort.SessionOptions, options: LoadOptions
     """A session on the options' device and no other; raises ResourceError when its provider is missing."""
     kind, index = device_of(options)
     provider = PROVIDERS[kind]
+    check_version(ort.__version__)
     hint = "pip install 'llmopt[onnxruntime-gpu]' in place of onnxruntime" if kind == "cuda" else None
     if provider not in ort.get_available_providers():
         raise ResourceError(f"this onnxruntime has no {provider}", hint=hint)
@@ -46,6 +49,13 @@ def new_session(model: bytes, settings: ort.SessionOptions, options: LoadOptions
     if session.get_providers()[0] != provider:
         raise ResourceError(f"{provider} did not start; onnxruntime fell back to the CPU", hint="check its libraries")
     return session
+
+
+def check_version(version: str) -> None:
+    """Raises ResourceError for a version known to compute wrongly."""
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
+        wanted = ".".join(map(str, MINIMUM))
+        raise ResourceError(f"onnxruntime {version} is too old", hint=f"pip install 'onnxruntime>={wanted}'")
 
 
 def open_session(model: bytes, weights: WeightStore, options: LoadOptions) -> ort.InferenceSession:

@@ -12,6 +12,7 @@ from llmopt.errors import ExecutorError, ResourceError
 from llmopt.registry import load_executor_module
 from llmopt.runtime.executors.onnxruntime import COPY_FILE, OnnxruntimeExecutor
 from llmopt.runtime.executors.onnxruntime_calls import MAX_GAP, runs
+from llmopt.runtime.executors.onnxruntime_session import check_version
 from llmopt.runtime.executors.onnxruntime_state import DeviceMemory, HostMemory
 from llmopt.runtime.golden import check_golden
 from llmopt.runtime.protocol import Admission, SamplingParams, SeqStep, StateOp, StepBatch, StepOutput
@@ -167,6 +168,14 @@ def test_limits_follow_the_options() -> None:
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(ResourceError, match=r"CUDAExecutionProvider|no device"):
         executor(PROGRAM, WEIGHTS, replace(OPTIONS, device=device))
+
+
+def test_versions_that_compute_windows_wrongly_are_refused() -> None:
+    for version in ("1.23.2", "1.9.0", "0.5"):
+        with pytest.raises(ResourceError, match="too old"):
+            check_version(version)
+    for version in ("1.24.0", "1.32.0", "2.0.1"):
+        check_version(version)
 
 
 def test_rows_the_program_cannot_run() -> None:
