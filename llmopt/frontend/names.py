@@ -6,6 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -24,6 +26,8 @@ from llmopt.frontend.shards import Stored
 from llmopt.ir.weights import Cast, Concat, ConcatColumns, Stack, Transposed, Weight
 
 Pieces = dict[str, list[Weight]]
+Found = dict[str, tuple[str, Weight]]
+COMPARE_BYTES = 1 << 24
 
 
 def find_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[str, Weight]]:
@@ -34,9 +38,7 @@ def find_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tu
     """
     state = model.state_dict()
     found = convert(checkpoint, model, state)
-    for alias, owner in aliases(model).items():
-        if owner in found:
-            found[alias] = found[owner]
+    settle_ties(model, found)
     missing = sorted(set(state) - set(found))
     if missing:
         raise CheckpointError(
@@ -51,6 +53,32 @@ def find_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tu
         dtype = state[name].dtype
         weights[name] = (stored, weight if weight.dtype == dtype else Cast(weight, dtype))
     return weights
+
+
+def settle_ties(model: PreTrainedModel, found: Found) -> None:
+    """Give tied parameters one weight, from whichever name the checkpoint holds.
+
+    Where it holds both with different values the config is wrong, and the two are untied, as transformers does.
+    """
+    for alias, owner in aliases(model).items():
+        if alias not in found and owner in found:
+            found[alias] = found[owner]
+        elif owner not in found and alias in found:
+            found[owner] = found[alias]
+        elif owner in found and same_values(found[alias][1], found[owner][1]):
+            found[alias] = found[owner]
+        elif owner in found:
+            parent, _, leaf = alias.rpartition(".")
+            module = model.get_submodule(parent)
+            tied = module._parameters[leaf]
+            module._parameters[leaf] = nn.Parameter(torch.empty_like(tied), requires_grad=False)  # type: ignore[arg-type]
+
+
+def same_values(a: Weight, b: Weight) -> bool:
+    """Whether two weights hold equal tensors; reads both in chunks, up to the first difference."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(torch.equal(x, y) for x, y in zip(a.chunks(COMPARE_BYTES), b.chunks(COMPARE_BYTES)))
 
 
 def aliases(model: PreTrainedModel) -> dict[str, str]:
@@ -85,13 +113,13 @@ def file_of(weight: Weight) -> Path | None:
     return None
 
 
-def convert(checkpoint: Checkpoint, model: PreTrainedModel, state: dict[str, Any]) -> dict[str, tuple[str, Weight]]:
+def convert(checkpoint: Checkpoint, model: PreTrainedModel, state: dict[str, Any]) -> Found:
     """Model names to (table name, weight), following the model's conversion mapping."""
     rules = get_model_conversion_mapping(model)
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    found: dict[str, tuple[str, Weight]] = {}
+    found: Found = {}
     merged: dict[str, Pieces] = defaultdict(lambda: defaultdict(list))
     owners: dict[str, WeightConverter] = {}
     for name in sorted(checkpoint.weights, key=dot_natural_key):

@@ -51,8 +51,9 @@ class Step(nn.Module):
 def capture(checkpoint: Checkpoint, dtype: torch.dtype | None = None, max_context: int | None = None) -> Captured:
     """Capture a checkpoint's decoder in ``dtype`` (None: the checkpoint's) for at most ``max_context`` tokens.
 
-    Reads no tensor data. Raises UnsupportedModelError naming the module that cannot be captured, CheckpointError on
-    tensors that are missing or contradict the config, ConfigError on a ``max_context`` the model has no positions for.
+    Reads no tensor data, except to compare tied tensors that are stored twice. Raises UnsupportedModelError naming
+    the module that cannot be captured, CheckpointError on tensors that are missing or contradict the config,
+    ConfigError on a ``max_context`` the model has no positions for.
     """
     model = build_model(checkpoint, dtype)
     config = model_config(checkpoint, model, max_context)

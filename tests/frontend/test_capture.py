@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmopt.frontend import Captured, capture, load_checkpoint
 from llmopt.ir.module import Module
@@ -167,6 +168,24 @@ def test_tied_weights_share_one_node(tmp_path: Path) -> None:
     assert "lm_head.weight" not in module.weights
     (node,) = module.functions["step"].graph.find_nodes(op="get_attr", target="model.embed_tokens.weight")
     assert {user.target for user in node.users} == {torch.ops.aten.embedding.default, torch.ops.aten.linear.default}
+
+
+@pytest.mark.parametrize("kind", ["equal copy", "different copy", "only the head"])
+def test_tied_weights_as_stored(kind: str, tmp_path: Path) -> None:
+    """A config may tie what the file holds twice, differently, or under the other name."""
+    path = make_checkpoint("llama-tied", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if kind != "different copy" else embedding.flip(0).contiguous()
+    if kind == "only the head":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    module = capture(load_checkpoint(path)).module
+    with torch.no_grad():
+        expected = eager_model(path)(tokens(9)).logits
+    assert relative_error(captured_logits(module, tokens(9)), expected) <= TOLERANCE
+    names = {"model.embed_tokens.weight", "lm_head.weight"} & set(module.weights)
+    assert len(names) == (2 if kind == "different copy" else 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss", "mixtral"])
