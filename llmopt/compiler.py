@@ -81,7 +81,8 @@ def compile_checkpoint(
     checkpoint = load_checkpoint(path)
     captured = capture(checkpoint, recipe.torch_dtype, options.max_context or recipe.max_context)
     watch.lap("capture")
-    records = run_passes(captured, target, recipe, context, options)
+    checker = PassChecker() if options.check_passes else None
+    records = run_passes(captured, target, recipe, context, options, checker)
     watch.lap("passes")
     program = lower(captured.module)
     weights = readers(program, captured.module.weights)
@@ -110,7 +111,12 @@ def compile_checkpoint(
         progress=options.progress,
     )
     watch.lap("write")
-    log = {"seconds": watch.seconds, "passes": [asdict(r) for r in records], "checkpoint": str(path.resolve())}
+    log: dict[str, Any] = {
+        "seconds": watch.seconds,
+        "passes": [asdict(r) for r in records],
+        "checkpoint": str(path.resolve()),
+    }
+    log["drifts"] = [asdict(d) for d in checker.drifts] if checker else None
     destination.with_name(destination.name + ".build.json").write_text(json.dumps(log, indent=1) + "\n")
     return Compiled(manifest, report, log)
 
@@ -124,10 +130,15 @@ def pass_context(target: Target, recipe: Recipe) -> PassContext:
 
 
 def run_passes(
-    captured: Captured, target: Target, recipe: Recipe, context: PassContext, options: CompileOptions
+    captured: Captured,
+    target: Target,
+    recipe: Recipe,
+    context: PassContext,
+    options: CompileOptions,
+    checker: PassChecker | None,
 ) -> list[PassRecord]:
     """Common passes on the captured function, the fork, then the passes that name functions."""
-    manager = PassManager(options.dump_ir, PassChecker() if options.check_passes else None)
+    manager = PassManager(options.dump_ir, checker)
     common, forked = split_at_fork(recipe.passes)
     records = manager.run(captured.module, common, context)
     fork(captured.module, target.info.functions)

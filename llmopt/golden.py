@@ -30,9 +30,9 @@ def record_golden(program: Program, weights: Mapping[str, Reader]) -> list[Golde
         return []
     tensors = {name: reader.weight.tensor() for name, reader in weights.items()}
     lengths = [n for n in PROMPT_LENGTHS if n + NEW_TOKENS <= program.max_context]
-    options = LoadOptions(max_sequences=1, max_context=max(lengths, default=1) + NEW_TOKENS)
+    options = LoadOptions(max_sequences=len(lengths), max_context=max(lengths, default=1) + NEW_TOKENS)
     executor = load_executor_module("reference").ReferenceExecutor(program, tensors, options)
-    return [generate(executor, seq_id, prompt(seq_id, n, program.vocab_size)) for seq_id, n in enumerate(lengths)]
+    return generate(executor, [prompt(seed, n, program.vocab_size) for seed, n in enumerate(lengths)])
 
 
 def prompt(seed: int, length: int, vocab_size: int) -> IntArray:
@@ -40,19 +40,25 @@ def prompt(seed: int, length: int, vocab_size: int) -> IntArray:
     return (np.array(uniforms([seed] * length, range(length))) * vocab_size).astype(np.int64)
 
 
-def generate(executor: Executor, seq_id: int, prompt: IntArray) -> Golden:
-    """Greedy continuation of one sequence that has the executor to itself, prompt in one or more chunks."""
-    admit: tuple[Admission, ...] = (Admission(seq_id, prompt, SamplingParams(temperature=0)),)
-    golden = Golden(prompt=prompt.tolist(), tokens=[], margins=[])
-    for start, stop in pieces(executor, len(prompt), len(prompt) + NEW_TOKENS - 1):
-        new = prompt[start:stop] if start < len(prompt) else None
-        sample = stop >= len(prompt)
-        row = SeqStep(seq_id, new, start, blocks(executor, stop), sample=sample, logits="last" if sample else "none")
-        output = executor.collect(executor.submit(StepBatch((row,), admit=admit)))
-        admit = ()
-        if sample:
-            best = np.sort(output.logits[seq_id][-1])[-2:]
-            golden["tokens"].append(output.sampled[seq_id].token)
-            golden["margins"].append(round(float(best[1] - best[0]), 4))
-    executor.collect(executor.submit(StepBatch((), release=(seq_id,))))
+def generate(executor: Executor, prompts: list[IntArray]) -> list[Golden]:
+    """Greedy continuations of prompts, side by side: a step reads the weights once."""
+    admit = tuple(Admission(i, p, SamplingParams(temperature=0)) for i, p in enumerate(prompts))
+    golden = [Golden(prompt=p.tolist(), tokens=[], margins=[]) for p in prompts]
+    plans = [pieces(executor, len(p), len(p) + NEW_TOKENS - 1) for p in prompts]
+    for step in range(max(map(len, plans), default=0)):
+        live = [i for i, plan in enumerate(plans) if step < len(plan)]
+        rows = tuple(row(executor, i, prompts[i], *plans[i][step], len(prompts)) for i in live)
+        output = executor.collect(executor.submit(StepBatch(rows, admit=admit if step == 0 else ())))
+        for i, sampled in output.sampled.items():
+            best = np.sort(output.logits[i][-1])[-2:]
+            golden[i]["tokens"].append(sampled.token)
+            golden[i]["margins"].append(round(float(best[1] - best[0]), 4))
     return golden
+
+
+def row(executor: Executor, index: int, prompt: IntArray, start: int, stop: int, count: int) -> SeqStep:
+    """A sequence's part of a step; sequence i of ``count`` owns every count-th block."""
+    new = prompt[start:stop] if start < len(prompt) else None
+    tables = {name: ids * count + index for name, ids in blocks(executor, stop).items()}
+    sample = stop >= len(prompt)
+    return SeqStep(index, new, start, tables, sample=sample, logits="last" if sample else "none")

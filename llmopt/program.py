@@ -82,7 +82,7 @@ class DType:
     name: str
 
 
-Arg: TypeAlias = "Ref | DimExpr | DType | None | bool | int | float | str | tuple[Arg, ...]"
+Arg: TypeAlias = "Ref | DimExpr | DType | bool | int | float | str | tuple[Arg, ...] | None"
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class StateGroup:
     """States that share block tables, and what the scheduler may do with them.
 
     ``kind``: ``paged`` (block_size tokens a block), ``slots`` (one block a sequence, block_size = context),
-    ``ring`` (one block a sequence, position p lives at ``p if p < sinks else sinks + (p - sinks) % (block_size - sinks)``)
+    ``ring`` (one block a sequence: p lives at ``p if p < sinks else sinks + (p - sinks) % (block_size - sinks)``)
     or ``recurrent`` (fixed size). ``window`` is the attention window of a ring. Inputs ``block_table_<name>``
     (n, W) int32 and ``slot_mapping_<name>`` (T,) int64 carry the step's metadata.
     """

@@ -44,11 +44,13 @@ class WeightReader(Protocol):
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """What a target emitted. ``files``: written into the artifact; ``weights``: streamed to weights.safetensors."""
+    """What a target emitted. ``files``: written into the artifact; ``weights``: streamed to weights.safetensors;
+    ``notes``: kept in the manifest; ``log``: what only this build's log may say (caches, times), never the artifact."""
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     weights: Mapping[str, WeightReader] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    log: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

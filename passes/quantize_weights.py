@@ -23,7 +23,7 @@ EXPERTS, EXPERTS_Q = dialect.moe_experts.default, dialect.moe_experts_q.default
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Matches ``aten.linear`` over a weight; replaces it with ``llmopt.linear_q`` over ``<weight>.codes``,
+    """Matches ``aten.linear`` over a weight. Replaces it with ``llmopt.linear_q`` over ``<weight>.codes``,
     ``.scales`` and, unless symmetric, ``.zeros``.
 
     ``bits``: width of a code, one the target supports. ``group_size``: input features that share a scale (null: one

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import llmopt.ir.ops  # noqa: F401  (registers the dialect)
@@ -34,7 +35,8 @@ def refresh(module: Module) -> None:
         inputs = [n.meta["val"] for n in function.graph.nodes if n.op == "placeholder"]
         propagation = Propagation(function, module.fake_mode)
         try:
-            propagation.propagate_dont_convert_inputs(*inputs)
+            with enable_python_dispatcher():  # without it torch 2.11 specializes T
+                propagation.propagate_dont_convert_inputs(*inputs)
         except Exception as error:
             what = f"shapes do not propagate: {str(error).splitlines()[0] if str(error) else error!r}"
             raise PassError(what, where=_where(name, propagation.current)) from error

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import socket
 import subprocess
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from llmopt.errors import ExecutorError, LlmoptError, RequestError
 from llmopt.runtime.core import TokenOutput
@@ -24,13 +24,12 @@ _Item = TokenOutput | LlmoptError
 class EngineClient:
     """One engine process and the requests it works on.
 
-    ``command``: the process to start; the number of its socket's descriptor follows the first argument that is ``{}``.
+    ``command``: the command line of the process, given the number of its socket's descriptor.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Callable[[int], Sequence[str]]) -> None:
         ours, theirs = socket.socketpair()
-        arguments = [str(theirs.fileno()) if a == "{}" else a for a in command]
-        self.process = subprocess.Popen(arguments, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command(theirs.fileno()), pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
         theirs.close()
         self._socket = ours
         self.died: asyncio.Event = asyncio.Event()

@@ -212,11 +212,8 @@ def _check_consistent(request: GenerationRequest) -> None:
         raise ApiError(f"top_k must be at least 0 (0 and -1 are off), not {request.top_k}", param="top_k")
     if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
-    if isinstance(request, CompletionRequest):
-        if not request.prompts():
-            raise ApiError("prompt is an empty list", param="prompt")
-        if request.echo and request.logprobs is not None:
-            raise ApiError("echo with logprobs is not supported", param="echo", code="unsupported_parameter")
+    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+        raise ApiError("echo with logprobs is not supported", param="echo", code="unsupported_parameter")
 
 
 def _logit_bias(raw: dict[str, float]) -> dict[int, float]:

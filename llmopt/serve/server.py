@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import uvicorn
 
@@ -21,6 +22,9 @@ from llmopt.serve.answer import Model
 from llmopt.serve.app import build_app
 from llmopt.serve.client import EngineClient
 from llmopt.serve.engine_process import EngineOptions
+
+EngineCommand: TypeAlias = Callable[[int], Sequence[str]]
+"""The command line of the engine process, given the number of its socket's descriptor."""
 
 DEAD_SECONDS = 2.0
 """How long /health says 503 after the engine died, before this process exits."""
@@ -57,9 +61,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def engine_command(options: EngineOptions) -> list[str]:
-    """The command line of the engine process; ``{}`` stands for its socket's descriptor."""
-    return [sys.executable, "-m", "llmopt.serve.engine_process", "{}", options.to_json()]
+def engine_command(options: EngineOptions) -> EngineCommand:
+    """How to start the engine process."""
+    return lambda fd: [sys.executable, "-m", "llmopt.serve.engine_process", str(fd), options.to_json()]
 
 
 class _Server(uvicorn.Server):
@@ -72,7 +76,7 @@ class _Server(uvicorn.Server):
 
 def serve(
     options: ServerOptions,
-    command: Sequence[str],
+    command: EngineCommand,
     tokenizer: Tokenizer,
     chat: ChatTemplate | None,
     announce: Callable[[str], None],
@@ -88,7 +92,7 @@ def serve(
 
 async def _serve(
     options: ServerOptions,
-    command: Sequence[str],
+    command: EngineCommand,
     tokenizer: Tokenizer,
     chat: ChatTemplate | None,
     announce: Callable[[str], None],

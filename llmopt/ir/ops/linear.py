@@ -22,17 +22,22 @@ def dequantize(
     have no zero. g_idx (K,) names each column's scale column, else it is k // block_k.
     """
     n, k = codes.shape
-    rows = torch.arange(n, device=codes.device) // block_n
-    columns = g_idx.long() if g_idx is not None else torch.arange(k, device=codes.device) // block_k
-    scale = scales.float()[rows][:, columns]
+
+    def spread(x: Tensor) -> Tensor:
+        """A (N / block_n, K / block_k) table, to be broadcast over ``blocks``."""
+        return x.float()[:, None, :, None] if g_idx is None else x.float()[:, None, g_idx.long(), None]
+
+    columns = (k // block_k, block_k) if g_idx is None else (k, 1)
+    blocks, scale = codes.view(n // block_n, block_n, *columns), spread(scales)
     if format == "int":
-        zero = zeros.float()[rows][:, columns] if zeros is not None else float(1 << (bits - 1))
-        return (codes.float() - zero) * scale
-    if format == "mxfp4":
+        zero = spread(zeros) if zeros is not None else float(1 << (bits - 1))
+        values = (blocks.float() - zero) * scale
+    elif format == "mxfp4":
         e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)
-        sign = torch.where(codes >= 8, -1.0, 1.0)
-        return e2m1[(codes & 7).long()] * sign * scale
-    return codes.float() * scale
+        values = e2m1[(blocks & 7).long()] * torch.where(blocks >= 8, -1.0, 1.0) * scale
+    else:
+        values = blocks.float() * scale
+    return values.view(n, k)
 
 
 @torch.library.custom_op("llmopt::linear_q", mutates_args=())
