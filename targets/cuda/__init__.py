@@ -1,0 +1,1 @@
+"""The cuda target: launch plans and cubins."""

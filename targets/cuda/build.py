@@ -1,0 +1,143 @@
+"""Builds the files of a cuda artifact: buckets planned, kernels compiled, a launch plan for each architecture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmopt.launch import Bucket, Cubin, LaunchPlan, Launch, TensorMap, View, plan_file
+from llmopt.program import Function, Program, eval_shape
+from llmopt.target import BuildContext, TargetFiles, WeightReader
+
+from .cache import Compiled, CubinCache, Job
+from .compile import compile_all, compiler_version
+from .kernel import Specialization
+from .options import CudaOptions
+from .plan import BucketPlan, dense, place, plan_bucket
+from .select import Selector, discover
+
+
+@dataclass(frozen=True)
+class ArchPlan:
+    """The bucket plans of one architecture, before their kernels exist."""
+
+    arch: int
+    buckets: tuple[BucketPlan, ...]
+
+    def specializations(self) -> list[Specialization]:
+        """Every cubin the plan needs, in order of first use."""
+        return list(dict.fromkeys(p.launch.specialization for bucket in self.buckets for p in bucket.launches))
+
+
+def build(
+    program: Program, weights: Mapping[str, WeightReader], options: CudaOptions, ctx: BuildContext, cubins: CubinCache
+) -> TargetFiles:
+    """Plan, compile, and collect the files. Raises TargetError naming the call or kernel at fault."""
+    plans = [plan_arch(program, arch, options) for arch in options.archs]
+    version = compiler_version()
+    jobs = {(plan.arch, spec): Job(spec, plan.arch, version) for plan in plans for spec in plan.specializations()}
+    compiled = compile_all(jobs.values(), cubins, ctx.progress, options.jobs)
+    files: dict[str, bytes] = {}
+    notes: dict[str, Any] = {"triton": version, "archs": list(options.archs), "kernels": {}, "choices": {}}
+    for plan in plans:
+        found = {spec: compiled[jobs[plan.arch, spec]] for spec in plan.specializations()}
+        names = kernel_names(plan)
+        launch_plan = finish(program, plan, names, found)
+        files[plan_file(plan.arch)] = launch_plan.to_json().encode()
+        files |= {launch_plan.kernels[names[spec]].file: kernel.cubin for spec, kernel in found.items()}
+        notes["kernels"][f"sm_{plan.arch}"] = {
+            name: {"threads": k.threads, "registers": k.registers, "shared": k.shared, "spills": k.spills}
+            for name, k in launch_plan.kernels.items()
+        }
+        notes["choices"][f"sm_{plan.arch}"] = choices(plan)
+    log = {"kernels": len(jobs), "compiled": len(cubins.log), "misses": cubins.log}
+    return TargetFiles(files, {name: weights[name] for name in program.weights}, notes, log)
+
+
+def plan_arch(program: Program, arch: int, options: CudaOptions) -> ArchPlan:
+    """Bucket plans of both functions."""
+    select = Selector(discover())
+    plans = []
+    for function, dims in buckets(program, options):
+        plans.append(plan_bucket(program, function, dims, arch, select, {}))
+    return ArchPlan(arch, tuple(plans))
+
+
+def buckets(program: Program, options: CudaOptions) -> Iterator[tuple[Function, dict[str, int]]]:
+    """Each function with the extents of each of its buckets; no bucket is larger than the program allows."""
+    fixed = {name: high for name, (_, high) in program.dims.items() if name.startswith(("W_", "B_"))}
+    for count in options.decode_buckets:
+        yield program.functions["decode"], {**fixed, "T": count, "N": count, "M": count}
+    for rows in options.extend_buckets:
+        for count in options.extend_sequences:
+            if count <= rows:
+                yield program.functions["extend"], {**fixed, "T": rows, "N": count, "M": count}
+
+
+def kernel_names(plan: ArchPlan) -> dict[Specialization, str]:
+    """A short, stable name for each cubin: the function and the digest of its specialization."""
+    return {s: f"{s.function}_{Job(s, plan.arch, '').identity()[:12]}" for s in plan.specializations()}
+
+
+def finish(
+    program: Program, plan: ArchPlan, names: Mapping[Specialization, str], compiled: Mapping[Specialization, Compiled]
+) -> LaunchPlan:
+    """Addresses for every buffer, and what the compiler decided for every kernel."""
+    zero_bytes = max(bucket.zero_bytes for bucket in plan.buckets)
+    maps = {names[spec]: kernel.tensor_maps for spec, kernel in compiled.items()}
+    placed = [with_maps(place(bucket, zero_bytes, names.__getitem__), maps) for bucket in plan.buckets]
+    kernels = {
+        names[s]: Cubin(f"kernels/sm_{plan.arch}/{names[s]}.cubin", k.symbol, k.threads, k.shared, k.registers, k.spills)
+        for s, k in compiled.items()
+    }
+    return LaunchPlan(plan.arch, dict(sorted(kernels.items())), tuple(placed), inputs(program, plan))
+
+
+def with_maps(bucket: Bucket, maps: Mapping[str, tuple[tuple[tuple[int, ...], int], ...]]) -> Bucket:
+    """The bucket with the box and swizzle the compiler chose for each TMA operand."""
+
+    def fix(launch: Launch) -> Launch:
+        chosen = iter(maps[launch.kernel])
+        args = []
+        for arg in launch.args:
+            if isinstance(arg, TensorMap):
+                box, swizzle = next(chosen)
+                arg = replace(arg, box=box, swizzle=swizzle)
+            args.append(arg)
+        return replace(launch, args=tuple(args))
+
+    return replace(bucket, launches=tuple(fix(launch) if maps[launch.kernel] else launch for launch in bucket.launches))
+
+
+def inputs(program: Program, plan: ArchPlan) -> dict[str, View]:
+    """Each step input at its largest over the buckets; states are not among them."""
+    states = {spec.input for group in program.states.groups for spec in group.states}
+    found: dict[str, View] = {}
+    for bucket in plan.buckets:
+        for name in bucket.function.inputs:
+            if name in states:
+                continue
+            kind = bucket.function.types[name]
+            x = dense(name, kind.dtype, eval_shape(kind.shape, bucket.dims))
+            if name not in found or found[name].shape < x.shape:
+                found[name] = View(name, x.dtype, x.shape, x.strides)
+    return dict(sorted(found.items()))
+
+
+def choices(plan: ArchPlan) -> dict[str, dict[str, Any]]:
+    """For each function and op: which kernel serves it, where, why, and what the others said."""
+    counts: Counter[tuple[str, str, str, str]] = Counter()
+    refused: dict[tuple[str, str, str, str], tuple[str, ...]] = {}
+    for bucket in plan.buckets:
+        rows = "x".join(str(bucket.dims[d]) for d in ("T", "N"))
+        for call, choice in bucket.choices:
+            key = (f"{bucket.function.name} {rows}", call.op, choice.kernel, choice.selection.reason)
+            counts[key] += 1
+            refused[key] = choice.refused
+    found: dict[str, dict[str, Any]] = {}
+    for (where, op, kernel, reason), count in counts.items():
+        entry = {"kernel": kernel, "reason": reason, "calls": count, "others": list(refused[where, op, kernel, reason])}
+        found.setdefault(where, {}).setdefault(op, []).append(entry)
+    return found

@@ -1,0 +1,69 @@
+"""The cuda target's options, validated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from llmopt.errors import ConfigError
+from llmopt.program import Program
+
+ARCHS = (80, 89, 90, 100)
+
+
+@dataclass(frozen=True)
+class CudaOptions:
+    """What a recipe's ``target_options`` may say.
+
+    ``archs``: compute capabilities to build for, 90 is sm_90. ``decode_buckets``: batch sizes with a CUDA graph
+    each. ``extend_buckets``: rows of a prefill or mixed step. ``extend_sequences``: sequences of one. ``jobs``:
+    compile processes (0: one a core).
+    """
+
+    archs: tuple[int, ...] = (90,)
+    decode_buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    extend_buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    extend_sequences: tuple[int, ...] = (1, 16, 256)
+    jobs: int = 0
+
+
+def parse_options(raw: Mapping[str, Any]) -> CudaOptions:
+    """The validated options; raises ConfigError naming the key."""
+    known = [f.name for f in fields(CudaOptions)]
+    for key in raw:
+        if key not in known:
+            close = get_close_matches(key, known)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown option {key!r} of target cuda", where="target_options", hint=hint)
+    values: dict[str, Any] = {key: counts(key, value) for key, value in raw.items() if key != "jobs"}
+    if "jobs" in raw:
+        values["jobs"] = natural("jobs", raw["jobs"], 0)
+    if unknown := [a for a in values.get("archs", ()) if a not in ARCHS]:
+        hint = f"one of {', '.join(map(str, ARCHS))}"
+        raise ConfigError(f"arch {unknown[0]} is not supported", where="target_options.archs", hint=hint)
+    return CudaOptions(**values)
+
+
+def counts(key: str, value: Any) -> tuple[int, ...]:
+    """A list of different positive integers, ascending."""
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f"expected a list of integers, found {value!r}", where=f"target_options.{key}")
+    return tuple(sorted({natural(key, item, 1) for item in value}))
+
+
+def natural(key: str, value: Any, least: int) -> int:
+    """An integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"expected an integer of at least {least}, found {value!r}", where=f"target_options.{key}")
+    return value
+
+
+def clamp(options: CudaOptions, program: Program) -> CudaOptions:
+    """Buckets the program can fill: no more rows than it allows (the first bucket that covers them is kept)."""
+    _, rows = program.dims["T"]
+    extend = [r for i, r in enumerate(options.extend_buckets) if i == 0 or options.extend_buckets[i - 1] < rows]
+    return CudaOptions(
+        options.archs, options.decode_buckets, tuple(extend), options.extend_sequences, options.jobs
+    )
