@@ -19,7 +19,7 @@ import click
 )
 @click.option("--max-context", type=click.IntRange(2), help="Longest sequence; default: the artifact's.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Directory of the weights, when kept outside.")
-@click.option("--drain-seconds", default=30.0, show_default=True, type=click.FloatRange(0),
+@click.option("--drain-seconds", default=30, show_default=True, type=click.IntRange(0),
               help="How long a shutdown waits for running requests.")  # fmt: skip
 def serve(
     artifact: Path,
@@ -31,7 +31,7 @@ def serve(
     max_sequences: int,
     max_context: int | None,
     weights: Path | None,
-    drain_seconds: float,
+    drain_seconds: int,
 ) -> None:
     """Serve ARTIFACT over HTTP: /v1/completions, /v1/chat/completions, /v1/models, /health, /version.
 

@@ -86,15 +86,16 @@ class EngineClient:
                 self._send(Cancel(request))
 
     async def close(self) -> None:
-        """Stop the process: ask, wait, kill."""
+        """Stop the process: ask, wait, kill. Requests still running are dropped."""
         self._stopping = True
         self._send(Stop())
         if self._writer is not None:
             self._writer.close()
         else:
             self._socket.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(self.process.wait, STOP_SECONDS if self.failure is None else 1.0)
+        if self._reading is not None:  # else it is still loading, and nothing is lost
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self.process.wait, STOP_SECONDS)
         if self.process.poll() is None:
             self.process.kill()
             await asyncio.to_thread(self.process.wait)

@@ -193,16 +193,15 @@ def _refuse(name: str, value: Any, model: type[GenerationRequest]) -> None:
 
 
 def _translate(error: ValidationError) -> ApiError:
-    """The first problem of a pydantic error, in one line."""
-    first = error.errors()[0]
-    path = [str(p) for p in first["loc"] if not (isinstance(p, str) and not p.isidentifier())]
-    field = path[0] if path else None
+    """The first problem of a pydantic error, in one line. A union reports each of its types: they are joined."""
+    first, *rest = error.errors()
+    same = [first, *(e for e in rest if e["loc"][0] == first["loc"][0])]
+    path = [str(steps[0]) for steps in zip(*(e["loc"] for e in same)) if len(set(steps)) == 1]
+    field, where = path[0], ".".join(path)
     if first["type"] == "missing":
-        return ApiError(f"{'.'.join(path)} is required", param=field, code="missing_required_parameter")
-    if any(e["loc"][0] != first["loc"][0] or len(e["loc"]) < 2 for e in error.errors()) or len(first["loc"]) < 2:
-        return ApiError(f"{'.'.join(path)}: {first['msg']}", param=field)
-    expected = "; or ".join(dict.fromkeys(e["msg"] for e in error.errors()))
-    return ApiError(f"{field}: {expected}", param=field)
+        return ApiError(f"{where} is required", param=field, code="missing_required_parameter")
+    expected = "; or ".join(dict.fromkeys(e["msg"] for e in same))
+    return ApiError(f"{where}: {expected}", param=field)
 
 
 def _check_consistent(request: GenerationRequest) -> None:

@@ -37,7 +37,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     model_name: str = "model"
-    drain_seconds: float = 30.0
+    drain_seconds: int = 30
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -112,7 +112,7 @@ async def _serve(
             lifespan="off",
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=round(options.drain_seconds),
+            timeout_graceful_shutdown=options.drain_seconds,
         )
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -1,0 +1,39 @@
+"""An engine process over the fake executor: ``fake_engine.py FD OPTIONS`` with OPTIONS as JSON.
+
+``sleep``: seconds a step takes; ``load_sleep``: seconds loading takes; ``fail_at``: step at which the executor fails;
+``load_error``: message of an ArtifactError raised at load; ``eos``: end-of-sequence ids.
+"""
+
+import json
+import sys
+import time
+
+from llmopt.errors import ArtifactError
+from llmopt.runtime.core import EngineCore
+from llmopt.runtime.protocol import ExecutorLimits
+from llmopt.serve.engine_process import run_engine
+from tests.runtime.fake import FakeExecutor, plan_of
+
+VOCAB, CONTEXT = 4096, 96
+PLAN = plan_of("paged", context=CONTEXT)
+
+
+def load(options):
+    """The core, or the error asked for."""
+    time.sleep(options.get("load_sleep", 0))
+    if "load_error" in options:
+        raise ArtifactError(options["load_error"], where="manifest.json")
+    limits = ExecutorLimits(CONTEXT, 8, 64, {"paged0": 120}, VOCAB)
+
+    class Slow(FakeExecutor):
+        def _run(self, batch):
+            if batch.rows:
+                time.sleep(options.get("sleep", 0))
+            return super()._run(batch)
+
+    return EngineCore(Slow(PLAN, limits, options.get("fail_at")), options.get("eos", ()))
+
+
+if __name__ == "__main__":
+    raw = json.loads(sys.argv[2])
+    sys.exit(run_engine(int(sys.argv[1]), lambda: load(raw)))
