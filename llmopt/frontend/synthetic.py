@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from llmopt.artifact.dtypes import numpy_dtype
 from llmopt.artifact.manifest import RandomTensor
 from llmopt.artifact.staging import staged
-from llmopt.artifact.stores import POOL, draw_pool
+from llmopt.artifact.stores import draw_pool
 from llmopt.artifact.tensorfile import nbytes, write_tensors
 from llmopt.artifact.writer import disk_errors
 from llmopt.errors import ConfigError, ResourceError
@@ -45,9 +44,8 @@ class RandomReader:
         """Shape and dtype."""
         return TensorType(self.tensor.shape, self.tensor.dtype)
 
-    @cached_property
     def pool(self) -> npt.NDArray[Any]:
-        """The values it repeats."""
+        """The values it repeats (not kept: a checkpoint has hundreds of tensors)."""
         values = draw_pool(self.seed, self.name, self.tensor)
         if self.offset is None:
             return values
@@ -55,12 +53,12 @@ class RandomReader:
 
     def chunks(self, max_bytes: int) -> Iterator[npt.NDArray[Any]]:
         """Rows in order, each chunk at most ``max_bytes`` (one row at least)."""
+        pool = self.pool()
         rows, row = (self.tensor.shape or (1,))[0], math.prod(self.tensor.shape[1:])
-        step = max(1, max_bytes // max(1, row * self.pool.itemsize))
+        step = max(1, max_bytes // max(1, row * pool.itemsize))
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            first = start * row % POOL if len(self.pool) == POOL else start * row
-            flat = np.resize(np.roll(self.pool, -first), (stop - start) * row)
+            flat = np.resize(np.roll(pool, -start * row), (stop - start) * row)
             yield flat.reshape(stop - start, *self.tensor.shape[1:])
 
 
