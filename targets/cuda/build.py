@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmopt.launch import Bucket, Cubin, LaunchPlan, Launch, TensorMap, View, plan_file
+from llmopt.launch import Bucket, Cubin, Launch, LaunchPlan, TensorMap, View, plan_file
 from llmopt.program import Function, Program, eval_shape
 from llmopt.target import BuildContext, TargetFiles, WeightReader
 
 from .cache import Compiled, CubinCache, Job
-from .compile import compile_all, compiler_version
+from .compile import assembler_major, compile_all, compiler_version
 from .kernel import Specialization
 from .options import CudaOptions
 from .plan import BucketPlan, dense, place, plan_bucket
@@ -40,7 +40,13 @@ def build(
     jobs = {(plan.arch, spec): Job(spec, plan.arch, version) for plan in plans for spec in plan.specializations()}
     compiled = compile_all(jobs.values(), cubins, ctx.progress, options.jobs)
     files: dict[str, bytes] = {}
-    notes: dict[str, Any] = {"triton": version, "archs": list(options.archs), "kernels": {}, "choices": {}}
+    notes: dict[str, Any] = {
+        "triton": version,
+        "cuda": assembler_major(),
+        "archs": list(options.archs),
+        "kernels": {},
+        "choices": {},
+    }
     for plan in plans:
         found = {spec: compiled[jobs[plan.arch, spec]] for spec in plan.specializations()}
         names = kernel_names(plan)
@@ -89,7 +95,9 @@ def finish(
     maps = {names[spec]: kernel.tensor_maps for spec, kernel in compiled.items()}
     placed = [with_maps(place(bucket, zero_bytes, names.__getitem__), maps) for bucket in plan.buckets]
     kernels = {
-        names[s]: Cubin(f"kernels/sm_{plan.arch}/{names[s]}.cubin", k.symbol, k.threads, k.shared, k.registers, k.spills)
+        names[s]: Cubin(
+            f"kernels/sm_{plan.arch}/{names[s]}.cubin", k.symbol, k.threads, k.shared, k.registers, k.spills
+        )
         for s, k in compiled.items()
     }
     return LaunchPlan(plan.arch, dict(sorted(kernels.items())), tuple(placed), inputs(program, plan))

@@ -31,8 +31,15 @@ def compiler_version() -> str:
         raise ResourceError("target cuda compiles with triton, which is not installed", hint=hint) from error
 
 
+def assembler_major() -> int:
+    """Major CUDA version of the assembler that comes with Triton: what the driver must support."""
+    from triton import knobs  # type: ignore[import-untyped]
+
+    return int(knobs.nvidia.ptxas.version.partition(".")[0])
+
+
 def environment(folder: str) -> dict[str, str]:
-    """A worker's: this process's import path, no interpreter mode, a private Triton cache, no source paths in cubins."""
+    """A worker's: this process's imports, no interpreter mode, a private Triton cache, no source paths in cubins."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     return {
         **kept,

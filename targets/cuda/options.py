@@ -64,6 +64,4 @@ def clamp(options: CudaOptions, program: Program) -> CudaOptions:
     """Buckets the program can fill: no more rows than it allows (the first bucket that covers them is kept)."""
     _, rows = program.dims["T"]
     extend = [r for i, r in enumerate(options.extend_buckets) if i == 0 or options.extend_buckets[i - 1] < rows]
-    return CudaOptions(
-        options.archs, options.decode_buckets, tuple(extend), options.extend_sequences, options.jobs
-    )
+    return CudaOptions(options.archs, options.decode_buckets, tuple(extend), options.extend_sequences, options.jobs)

@@ -188,9 +188,7 @@ def place(plan: BucketPlan, zero_bytes: int, kernel_name: Callable[[Specializati
     launches = []
     for planned in plan.launches:
         spec = planned.launch.specialization
-        args = tuple(
-            operand(arg, type_, planned.call) for (_, type_), arg in zip(spec.signature, planned.launch.args)
-        )
+        args = tuple(operand(arg, type_, planned.call) for (_, type_), arg in zip(spec.signature, planned.launch.args))
         grid, moved, scope = planned.launch.grid, planned.launch.bytes, planned.call.scope
         launches.append(Launch(kernel_name(spec), grid, args, spec.pdl, moved, scope))
     return Bucket(
@@ -215,9 +213,7 @@ def operand(arg: Any, type_: str, call: OpCall) -> Operand:
         case TmaOperand(value=value):
             size = dtype_bytes(value.dtype)
             strides = tuple(s * size for s in value.strides)
-            return TensorMap(
-                value.buffer, value.offset * size, value.dtype, value.shape, strides, arg.box, arg.swizzle
-            )
+            return TensorMap(value.buffer, value.offset * size, value.dtype, value.shape, strides, arg.box, arg.swizzle)
     return Scalar(type_, arg)
 
 

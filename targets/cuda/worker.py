@@ -21,11 +21,11 @@ SWIZZLE_BYTES = (0, 32, 64, 128)
 def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compile one specialization; the cubin goes to ``job["out"]``."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import ASTSource, compile  # type: ignore[import-untyped]
 
     function = getattr(importlib.import_module(job["module"]), job["function"])
-    signature = {name: type_ for name, type_ in job["signature"]}
-    constexprs = {name: value for name, value in job["constexprs"]}
+    signature = dict(job["signature"])
+    constexprs = dict(job["constexprs"])
     unknown = set(function.arg_names) ^ (set(signature) | set(constexprs))
     if unknown:
         raise ValueError(f"parameters {sorted(unknown)} are not in both the function and the specialization")
@@ -57,7 +57,7 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def resources(cubin: bytes, symbol: str, folder: Path) -> tuple[int, int]:
     """Registers a thread and bytes of local memory of a kernel, as cuobjdump reads them off the cubin."""
-    from triton import knobs
+    from triton import knobs  # type: ignore[import-untyped]
 
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)

@@ -1,8 +1,9 @@
-"""Executors by target name; each is imported only when an artifact asks for it."""
+"""Executors by target name: one module of this package each, imported only when an artifact asks for it."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from llmopt.errors import ResourceError
@@ -12,19 +13,19 @@ if TYPE_CHECKING:
     from llmopt.artifact import Artifact
     from llmopt.runtime.protocol import Executor
 
-MODULES = {"onnxruntime": "llmopt.runtime.executors.onnxruntime"}
-
 
 def load_executor(artifact: Artifact, options: LoadOptions) -> Executor:
     """The executor of an artifact's target, loaded and ready.
 
-    A target without an executor here brings its own (targets/<name>/executor.py). Raises TargetError for an unknown
+    A target without a module here brings its own (targets/<name>/executor.py). Raises TargetError for an unknown
     target, ResourceError when the target's library is not installed, and whatever the executor finds wrong.
     """
     name = artifact.manifest.target
+    module_name = f"{__name__}.{name}"
+    here = name.isidentifier() and find_spec(module_name) is not None
     try:
-        if name in MODULES:
-            module = import_module(MODULES[name])
+        if here:
+            module = import_module(module_name)
         else:
             from llmopt.registry import load_executor_module
 
@@ -32,7 +33,7 @@ def load_executor(artifact: Artifact, options: LoadOptions) -> Executor:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(("llmopt", "targets")):
             raise
-        hint = f"pip install 'llmopt[{name if name in MODULES else 'compile'}]'"
+        hint = f"pip install 'llmopt[{name if here else 'compile'}]'"
         raise ResourceError(f"target {name} needs {error.name}, which is not installed", hint=hint) from error
     executor: Executor = module.load(artifact, options)
     return executor

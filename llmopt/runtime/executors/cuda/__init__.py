@@ -1,0 +1,83 @@
+"""The cuda executor: opens a GPU, checks that the artifact fits it, loads, captures, and runs steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from llmopt.artifact.digest import sha256
+from llmopt.errors import ArtifactError, LlmoptError
+from llmopt.launch import LaunchPlan, plan_file
+from llmopt.runtime.executors.cuda.driver import check_driver, open_device, pick_arch
+from llmopt.runtime.executors.cuda.executor import CudaExecutor
+from llmopt.runtime.executors.cuda.gpu import GpuBackend, layout
+from llmopt.runtime.executors.cuda.layout import Budget, describe_states, size_blocks, weights_region
+from llmopt.runtime.executors.cuda.weights import load_weights
+from llmopt.runtime.golden import check_golden
+from llmopt.target import LoadOptions
+
+if TYPE_CHECKING:
+    from llmopt.artifact import Artifact
+
+log = logging.getLogger("llmopt.cuda")
+
+__all__ = ["CudaExecutor", "load"]
+
+
+def load(artifact: Artifact, options: LoadOptions) -> CudaExecutor:
+    """The executor of an artifact, its golden tokens reproduced.
+
+    Raises ResourceError (no driver or GPU, too old, arch not in the artifact, memory short), ArtifactError, or
+    ExecutorError when the device computes the model wrongly.
+    """
+    clock = time.perf_counter()
+    notes = artifact.manifest.notes
+    device = open_device(options.device)
+    check_driver(device.driver, int(notes["cuda"]))
+    arch = pick_arch(device.arch, tuple(notes["archs"]))
+    plan = LaunchPlan.from_json(artifact.file(plan_file(arch)).read_text("utf-8"))
+    program = artifact.program
+    context = min(options.max_context or program.max_context, program.max_context)
+    where = layout(program, plan, weights_region(program))
+    free, _ = device.free_bytes()
+    budget = Budget(where.weights.size, where.arena_bytes, where.input_bytes, free, options.kv_bytes)
+    blocks = size_blocks(program.states, budget, options.max_sequences, context)
+    log.info("%s, %s", device.name, describe_states(program.states, blocks, context))
+    backend = GpuBackend(program, plan, device, where, blocks, lambda name: cubin(artifact, name))
+    try:
+        load_weights(program, artifact.weight_store(), where.weights, backend.weights, device.context, options.threads)
+        loaded = time.perf_counter()
+        executor = CudaExecutor(program, plan, backend, options.max_sequences, context)
+        backend.capture([i for i in executor.buckets.decode if worth(plan, i, executor)])
+        log.info(
+            "weights %.2f GB in %.2f s, %d graphs in %.2f s",
+            where.weights.size / 1e9, loaded - clock, len(backend.bound), time.perf_counter() - loaded,
+        )  # fmt: skip
+        check_golden(executor, artifact.manifest.golden, dtype=artifact.manifest.dtype)
+    except LlmoptError:
+        release(backend)
+        raise
+    return executor
+
+
+def worth(plan: LaunchPlan, index: int, executor: CudaExecutor) -> bool:
+    """Whether a decode bucket can ever run: the smallest that holds all sequences, and those below it."""
+    limit = executor.buckets.pick("decode", *[min(executor.limits.max_sequences, executor.buckets.max_decode)] * 2)
+    return plan.buckets[index].dims["N"] <= plan.buckets[limit].dims["N"]
+
+
+def cubin(artifact: Artifact, name: str) -> bytes:
+    """A kernel's machine code, its digest checked as it goes to the device."""
+    data = artifact.file(name).read_bytes()
+    if (found := sha256(data)) != (expected := artifact.manifest.files[name].sha256):
+        raise ArtifactError(f"expected sha256 {expected}, found {found}", where=name)
+    return data
+
+
+def release(backend: GpuBackend) -> None:
+    """Free what a failed load took; the first error is the one to report."""
+    try:
+        backend.close()
+    except LlmoptError:
+        log.info("the device could not be cleaned up")

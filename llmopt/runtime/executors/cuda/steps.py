@@ -1,0 +1,131 @@
+"""Steps to buckets: which bucket runs which rows, and its inputs padded to the bucket's extents (numpy only)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.errors import ExecutorError
+from llmopt.launch import LaunchPlan, View
+from llmopt.program import StatePlan
+from llmopt.runtime.protocol import IntArray, SeqStep, StepBatch
+from llmopt.runtime.ragged import ragged_inputs
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that go through the device together: the bucket's index and the rows."""
+
+    bucket: int
+    rows: tuple[SeqStep, ...]
+
+
+class Buckets:
+    """The plan's buckets by function, smallest first."""
+
+    def __init__(self, plan: LaunchPlan) -> None:
+        self.buckets = plan.buckets
+        order = sorted(range(len(plan.buckets)), key=lambda i: (plan.buckets[i].dims["T"], plan.buckets[i].dims["N"]))
+        self.decode = [i for i in order if plan.buckets[i].function == "decode"]
+        self.extend = [i for i in order if plan.buckets[i].function == "extend"]
+        self.max_decode = max(plan.buckets[i].dims["N"] for i in self.decode)
+        self.max_rows = max(plan.buckets[i].dims["T"] for i in self.extend)
+        self.max_parts = max(plan.buckets[i].dims["N"] for i in self.extend)
+
+    def pick(self, function: str, rows: int, sequences: int) -> int:
+        """Index of the smallest bucket that holds them; raises ExecutorError when there is none."""
+        for index in self.decode if function == "decode" else self.extend:
+            dims = self.buckets[index].dims
+            if dims["T"] >= rows and dims["N"] >= sequences:
+                return index
+        raise ExecutorError(f"no {function} bucket holds {rows} rows of {sequences} sequences")
+
+    def parts(self, rows: Sequence[SeqStep]) -> Iterator[Part]:
+        """Cut a step so that each part fits a bucket: one row a sequence is decode, everything else extend.
+
+        An extend bucket gives as many rows of logits as it holds sequences, so a sequence that wants the logits of
+        all its rows may go in several pieces; they can share a part, since states are written before they are read.
+        """
+        if any(row.tree is not None for row in rows):
+            raise ExecutorError("this program has no tree attention")
+        if all(row.query_len == 1 for row in rows):
+            for at in range(0, len(rows), self.max_decode):
+                some = tuple(rows[at : at + self.max_decode])
+                yield Part(self.pick("decode", len(some), len(some)), some)
+            return
+        pending: list[SeqStep] = []
+        count = wanted = 0
+        for piece in self.pieces(rows):
+            full = count + piece.query_len > self.max_rows or wanted + logits_of(piece) > self.max_parts
+            if pending and (full or len(pending) == self.max_parts):
+                yield self.extend_part(pending, count, wanted)
+                pending, count, wanted = [], 0, 0
+            pending.append(piece)
+            count, wanted = count + piece.query_len, wanted + logits_of(piece)
+        yield self.extend_part(pending, count, wanted)
+
+    def extend_part(self, rows: list[SeqStep], count: int, wanted: int) -> Part:
+        """A part of the extend function."""
+        return Part(self.pick("extend", count, max(len(rows), wanted)), tuple(rows))
+
+    def pieces(self, rows: Sequence[SeqStep]) -> Iterator[SeqStep]:
+        """Each row's sequence in pieces a part can hold."""
+        for row in rows:
+            size = min(self.max_rows, self.max_parts) if row.logits == "all" else self.max_rows
+            if row.query_len <= size or row.tokens is None:
+                yield row
+                continue
+            for at in range(0, row.query_len, size):
+                last = at + size >= row.query_len
+                yield replace(
+                    row,
+                    tokens=row.tokens[at : at + size],
+                    start=row.start + at,
+                    positions=None if row.positions is None else row.positions[at : at + size],
+                    sample=row.sample and last,
+                    logits=row.logits if last or row.logits == "all" else "none",
+                    rope_len=max(row.rope_len, row.start + row.query_len),
+                )
+
+
+def logits_of(row: SeqStep) -> int:
+    """Rows of logits a row's sequence needs."""
+    return row.query_len if row.logits == "all" else int(row.sample or row.logits == "last")
+
+
+def padded_inputs(
+    part: Part, dims: dict[str, int], inputs: dict[str, View], plan: StatePlan, last_token: Callable[[int], int]
+) -> tuple[Arrays, list[IntArray]]:
+    """The part's inputs at the bucket's extents, and the logits rows of each of its rows.
+
+    Rows past the real ones have slot -1 (not written); sequences past them have no rows and length 0. In a decode
+    bucket every row gives logits, row i sequence i's.
+    """
+    arrays, wanted = ragged_inputs(StepBatch(part.rows), plan, last_token)
+    decode = all(row.query_len == 1 for row in part.rows) and dims["T"] == dims["N"]
+    if decode:
+        arrays["logit_rows"] = np.arange(dims["M"], dtype=np.int64)
+        wanted = [np.array([i]) for i in range(len(part.rows))]
+    rows, count = dims["T"], dims["N"]
+    found: Arrays = {}
+    for name, value in arrays.items():
+        if name not in inputs:
+            continue
+        if name == "cu_seqlens":
+            found[name] = np.concatenate((value, np.full(count + 1 - len(value), value[-1], value.dtype)))
+        elif name.startswith("slot_mapping_"):
+            found[name] = np.concatenate((value, np.full(rows - len(value), -1, value.dtype)))
+        elif name.startswith("block_table_"):
+            found[name] = value
+        elif name in ("input_ids", "position_ids", "rope_lens"):
+            found[name] = np.concatenate((value, np.zeros((1, rows - value.shape[1]), value.dtype)), axis=1)
+        else:
+            extent = dims["M"] if name == "logit_rows" else count
+            found[name] = np.concatenate((value, np.zeros(extent - len(value), value.dtype)))
+    return found, wanted
