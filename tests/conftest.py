@@ -32,3 +32,19 @@ def shared() -> Path:
     if not (path / "models").is_dir():
         pytest.skip("the shared reference models are not on this machine (set LLMOPT_SHARED)")
     return path
+
+
+# Tests in these files run once an architecture: make check takes the representatives (plain; windows, softcaps and
+# post-norms; layer norm, Conv1D and learned positions), make test all of them.
+SWEEPS = ("test_conformance.py", "test_capture.py")
+REPRESENTATIVES = {"llama", "gemma2", "gpt2"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark a sweep's other architectures slow."""
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+        if item.path.name in SWEEPS and params:
+            architecture = params.get("architecture", params.get("case"))
+            if architecture is not None and architecture not in REPRESENTATIVES:
+                item.add_marker(pytest.mark.slow)
