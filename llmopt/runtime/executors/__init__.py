@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from llmopt.errors import ResourceError
+from llmopt.errors import ResourceError, TargetError
 from llmopt.target import LoadOptions
 
 if TYPE_CHECKING:
@@ -35,5 +35,7 @@ def load_executor(artifact: Artifact, options: LoadOptions) -> Executor:
             raise
         hint = f"pip install 'llmopt[{name if here else 'compile'}]'"
         raise ResourceError(f"target {name} needs {error.name}, which is not installed", hint=hint) from error
+    if not hasattr(module, "load"):
+        raise TargetError(f"unknown target {name!r}", where="manifest.json")
     executor: Executor = module.load(artifact, options)
     return executor
