@@ -13,7 +13,7 @@ from llmopt.target import BuildContext, TargetFiles, WeightReader
 
 from .cache import Compiled, CubinCache, Job
 from .compile import assembler_major, compile_all, compiler_version
-from .kernel import Specialization
+from .kernel import Kernel, Specialization
 from .options import CudaOptions
 from .plan import BucketPlan, dense, place, plan_bucket
 from .select import Selector, discover
@@ -32,17 +32,26 @@ class ArchPlan:
 
 
 def build(
-    program: Program, weights: Mapping[str, WeightReader], options: CudaOptions, ctx: BuildContext, cubins: CubinCache
+    program: Program,
+    weights: Mapping[str, WeightReader],
+    options: CudaOptions,
+    ctx: BuildContext,
+    cubins: CubinCache,
+    kernels: tuple[Kernel, ...] | None = None,
 ) -> TargetFiles:
-    """Plan, compile, and collect the files. Raises TargetError naming the call or kernel at fault."""
-    plans = [plan_arch(program, arch, options) for arch in options.archs]
+    """Plan, compile, and collect the files; ``kernels`` other than the discovered ones are for tests.
+
+    Raises TargetError naming the call or kernel at fault.
+    """
+    kernels = discover() if kernels is None else kernels
+    plans = [plan_arch(program, arch, options, kernels) for arch in options.archs]
     version = compiler_version()
     jobs = {(plan.arch, spec): Job(spec, plan.arch, version) for plan in plans for spec in plan.specializations()}
     compiled = compile_all(jobs.values(), cubins, ctx.progress, options.jobs)
     files: dict[str, bytes] = {}
     notes: dict[str, Any] = {
         "triton": version,
-        "cuda": assembler_major(),
+        "cuda": assembler_major(options.archs),
         "archs": list(options.archs),
         "kernels": {},
         "choices": {},
@@ -62,9 +71,9 @@ def build(
     return TargetFiles(files, {name: weights[name] for name in program.weights}, notes, log)
 
 
-def plan_arch(program: Program, arch: int, options: CudaOptions) -> ArchPlan:
+def plan_arch(program: Program, arch: int, options: CudaOptions, kernels: tuple[Kernel, ...]) -> ArchPlan:
     """Bucket plans of both functions."""
-    select = Selector(discover())
+    select = Selector(kernels)
     plans = []
     for function, dims in buckets(program, options):
         plans.append(plan_bucket(program, function, dims, arch, select, {}))

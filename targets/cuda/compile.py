@@ -31,11 +31,12 @@ def compiler_version() -> str:
         raise ResourceError("target cuda compiles with triton, which is not installed", hint=hint) from error
 
 
-def assembler_major() -> int:
-    """Major CUDA version of the assembler that comes with Triton: what the driver must support."""
+def assembler_major(archs: Iterable[int]) -> int:
+    """Major CUDA version of the assembler Triton uses for these archs: what the driver must support."""
     from triton import knobs  # type: ignore[import-untyped]
 
-    return int(knobs.nvidia.ptxas.version.partition(".")[0])
+    tools = [knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas for arch in archs]
+    return max(int(tool.version.partition(".")[0]) for tool in tools)
 
 
 def environment(folder: str) -> dict[str, str]:

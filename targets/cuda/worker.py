@@ -20,7 +20,7 @@ SWIZZLE_BYTES = (0, 32, 64, 128)
 
 def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compile one specialization; the cubin goes to ``job["out"]``."""
-    from triton.backends.compiler import GPUTarget
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
     from triton.compiler import ASTSource, compile  # type: ignore[import-untyped]
 
     function = getattr(importlib.import_module(job["module"]), job["function"])
