@@ -247,8 +247,8 @@ def test_weights_beside_the_artifact(tmp_path: Path, write: Write) -> None:
 
 
 def test_failing_external_weights_leave_nothing(tmp_path: Path, write: Write) -> None:
+    plan = WeightsPlan("external", tmp_path / "weights")
     with pytest.raises(ZeroDivisionError):
-        plan = WeightsPlan("external", tmp_path / "weights")
         write(tmp_path / "out", weights=plan, golden=lambda artifact: [{}] * (1 // 0))
     assert list(tmp_path.iterdir()) == []
 
