@@ -25,7 +25,7 @@ def test_the_latest_of_equal_configurations_is_shown(tmp_path):
 
 
 def test_a_row_without_a_column_is_named(tmp_path):
-    with pytest.raises(ValueError, match="a.jsonl:2 lacks ms"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2 lacks ms"):
         write(tmp_path, ROW, {k: v for k, v in ROW.items() if k != "ms"})
 
 
