@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Compile the embedded model, show what was done, generate text from it
 	$(BIN)/llmopt compile models/classics-2m -r $(RECIPE) -o build/demo
 	$(BIN)/llmopt inspect build/demo
-	$(BIN)/llmopt run build/demo --prompt 'The old house stood' --max-tokens 60
+	$(BIN)/llmopt run build/demo --prompt 'The old house stood' --max-tokens 60 --temperature 0.7 --seed 1
 	$(BIN)/llmopt bench build/demo --prompt-len 64 --gen-len 32
 
 check: $(STAMP) ## Format, lint, types, import contracts, fast tests (under a minute)
