@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -27,7 +28,8 @@ def build_app(model: Model, client: EngineClient) -> FastAPI:
         parsed = parse_request(kind, await json_body(request))
         if client.failure is not None:
             raise client.failure
-        found = Answer(parsed, model, client)
+        # Tokenizing a long prompt takes a while: other requests go on meanwhile.
+        found = await asyncio.to_thread(Answer, parsed, model, client)
         if parsed.stream:
             return EventStream(found.events())
         return JSONResponse(await unless_gone(request.receive, found.whole()))
