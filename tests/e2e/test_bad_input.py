@@ -83,7 +83,11 @@ RECIPES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "unknown target option": (RECIPE + "target_options: {accuracy: 4}\n", 3, ("accuracy_level",)),
     "order": (RECIPE.replace("passes:\n", "passes:\n  - fuse_rope_kv_write\n"), 6, ("rewrite_kv_cache", "before")),
     "no cache": (RECIPE.replace("rewrite_kv_cache: {layout: slots}", "eliminate_noops"), 8, ("rewrite_kv_cache",)),
-    "group size": (RECIPE + "  - quantize_weights: {bits: 4, group_size: 128}\n", 6, ("group_size", "layer model.layers.0")),
+    "group size": (
+        RECIPE + "  - quantize_weights: {bits: 4, group_size: 128}\n",
+        6,
+        ("group_size", "layer model.layers.0"),
+    ),
     "expect": (RECIPE + "  - prune_logits: {expect: 2}\n", 6, ("prune_logits", "expects 2")),
     "dtype": (RECIPE + "dtype: float64\n", 3, ("dtype",)),
     "YAML": ("target: [", 3, ("YAML",)),
