@@ -40,7 +40,7 @@ def serve(
     """
     import_server()
     from llmopt.artifact import Artifact
-    from llmopt.runtime.session import load_chat_template, load_tokenizer
+    from llmopt.runtime.session import load_chat, load_tokenizer
     from llmopt.serve import server
     from llmopt.serve.engine_process import EngineOptions
     from llmopt.target import LoadOptions
@@ -55,7 +55,7 @@ def serve(
         server.ServerOptions(host, port, name, drain_seconds),
         server.engine_command(options),
         tokenizer,
-        load_chat_template(opened, tokenizer),
+        load_chat(opened),
         lambda url: click.echo(f"serving {name} on {url}"),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,8 +16,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from llmopt.errors import ArtifactError, LlmoptError, RequestError
-from llmopt.runtime.tokenizer import special_tokens
+from llmopt.errors import ArtifactError, CheckpointError, LlmoptError, RequestError
+from llmopt.runtime.tokenizer import read_json, special_tokens
+
+TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 
 MAX_RENDERED = 1 << 24
 """Characters a template may repeat a string to, or print: no honest conversation comes near."""
@@ -71,6 +74,36 @@ class ChatTemplate:
             self.render(PROBE)
         except RequestError:
             return  # it runs, and wants another conversation
+
+
+def load_chat_template(files: Mapping[str, Path]) -> ChatTemplate | None:
+    """The template among tokenizer files, checked: chat_template.jinja, else tokenizer_config.json's, else None.
+
+    Raises ArtifactError when a file cannot be read, has bad syntax or holds a template that tries to escape.
+    """
+    config = read_json(files[CONFIG_FILE]) if CONFIG_FILE in files else {}
+    if TEMPLATE_FILE in files:
+        template: ChatTemplate | None = ChatTemplate(_read_text(files[TEMPLATE_FILE]), special_tokens(config))
+    else:
+        template = ChatTemplate.from_config(config)
+    if template is not None:
+        template.check()
+    return template
+
+
+def check_chat_template(files: Mapping[str, Path]) -> None:
+    """The same for a checkpoint's files, before anything is built. Raises CheckpointError."""
+    try:
+        load_chat_template(files)
+    except ArtifactError as error:
+        raise CheckpointError(error.what, where=error.where, hint=error.hint) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"cannot read: {error}", where=path.name) from error
 
 
 class _Refused(jinja2.TemplateError):

@@ -122,7 +122,9 @@ class WindowStream:
         raw = self._table.get(token)
         if raw is not None:
             before = self._emit(final=True)
-            self._window = [token] if raw else self._window
+            first, self._window = not self._window, [token] if raw else self._window
+            if first and raw.isascii():
+                return self._decode([token]) if raw else ""  # decoders strip the space a text begins with
             return before + self._decoder.decode(raw)
         text = self._decoder.decode(b"", final=True)
         self._held.append(token)

@@ -8,14 +8,14 @@ from pathlib import Path
 from types import TracebackType
 
 from llmopt.artifact import Artifact
-from llmopt.runtime.chat import ChatTemplate
+from llmopt.runtime.chat import CONFIG_FILE, TEMPLATE_FILE, ChatTemplate, load_chat_template
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.executors import load_executor
 from llmopt.runtime.protocol import Executor
 from llmopt.runtime.tokenizer import Tokenizer
 from llmopt.target import LoadOptions
 
-TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Session:
     @cached_property
     def chat(self) -> ChatTemplate | None:
         """The chat template, or None when the artifact has none."""
-        return load_chat_template(self.artifact, self.tokenizer)
+        return load_chat(self.artifact)
 
     def close(self) -> None:
         """Free the executor."""
@@ -59,12 +59,11 @@ def open_session(path: Path | str, options: LoadOptions, weights: Path | str | N
 
 def load_tokenizer(artifact: Artifact) -> Tokenizer:
     """The artifact's tokenizer; raises ArtifactError when it has none."""
-    config = artifact.file(TOKENIZER_CONFIG) if artifact.has_file(TOKENIZER_CONFIG) else None
+    config = artifact.file(CONFIG_FILE) if artifact.has_file(CONFIG_FILE) else None
     return Tokenizer.load(artifact.file(TOKENIZER), config)
 
 
-def load_chat_template(artifact: Artifact, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """chat_template.jinja, else the template in tokenizer_config.json, else None."""
-    if artifact.has_file(CHAT_TEMPLATE):
-        return ChatTemplate(artifact.file(CHAT_TEMPLATE).read_text("utf-8"), tokenizer.special_tokens)
-    return ChatTemplate.from_config(tokenizer.config)
+def load_chat(artifact: Artifact) -> ChatTemplate | None:
+    """The artifact's chat template, None when it has none; raises ArtifactError when it is unsafe."""
+    names = [name for name in (TEMPLATE_FILE, CONFIG_FILE) if artifact.has_file(name)]
+    return load_chat_template({name: artifact.file(name) for name in names})

@@ -1,9 +1,11 @@
 """Chat templates against transformers' rendering, and templates that try to escape."""
 
+import json
+
 import pytest
 
-from llmopt.errors import ArtifactError, RequestError
-from llmopt.runtime.chat import ChatTemplate
+from llmopt.errors import ArtifactError, CheckpointError, RequestError
+from llmopt.runtime.chat import ChatTemplate, check_chat_template, load_chat_template
 
 HELLO = [{"role": "user", "content": "Hällo <b>"}]
 TALK = [
@@ -129,6 +131,42 @@ def test_templates_are_found_in_the_config():
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert ChatTemplate.from_config({"chat_template": named}).render(HELLO) == "d"
     assert ChatTemplate.from_config({"chat_template": named[:1]}) is None
+
+
+def files(folder, template=None, config=None):
+    """Tokenizer files of a checkpoint, as written."""
+    found = {}
+    for name, content in (("chat_template.jinja", template), ("tokenizer_config.json", config)):
+        if content is not None:
+            found[name] = folder / name
+            found[name].write_bytes(content)
+    return found
+
+
+def test_a_template_file_goes_before_the_config(tmp_path):
+    config = b'{"chat_template": "{{ eos_token }}", "eos_token": "<e>"}'
+    assert load_chat_template({}) is None
+    assert load_chat_template(files(tmp_path, config=config)).render(HELLO) == "<e>"
+    assert load_chat_template(files(tmp_path, b"file {{ eos_token }}", config)).render(HELLO) == "file <e>"
+
+
+@pytest.mark.parametrize(
+    ("template", "config", "message"),
+    [
+        (ESCAPES[0].encode(), None, "chat template: it tries to leave its sandbox"),
+        (None, json.dumps({"chat_template": ESCAPES[1]}).encode(), "chat template: it tries to leave its sandbox"),
+        (b"{% if %}", None, "chat template line 1: bad syntax"),
+        (b"\xff", None, "chat_template.jinja: cannot read"),
+        (None, b"{", "tokenizer_config.json: not readable as JSON"),
+    ],
+)
+def test_a_bad_template_is_a_checkpoint_error_before_any_build(tmp_path, template, config, message):
+    found = files(tmp_path, template, config)
+    with pytest.raises(CheckpointError) as caught:
+        check_chat_template(found)
+    assert str(caught.value).startswith(message)
+    with pytest.raises(ArtifactError):
+        load_chat_template(found)
 
 
 def test_text_parts_are_joined_and_others_refused():

@@ -1,7 +1,7 @@
 """Streaming detokenization against decoding the whole: same text, no half characters."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmopt.runtime.detokenize import WindowStream
@@ -44,6 +44,8 @@ def test_any_byte_level_ids_equal_the_whole(ids):
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 @settings(max_examples=500, deadline=None)
+@example(ids=[3 + 0x20])
+@example(ids=[3 + 0x20, 3 + 0x20, 265])
 @given(ids=st.lists(st.one_of(st.integers(0, 273), st.integers(3 + 0x7F, 258)), max_size=24))
 def test_any_byte_fallback_ids_equal_their_bytes(name, ids):
     tokenizer = TOKENIZERS[name]

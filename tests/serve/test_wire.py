@@ -1,0 +1,124 @@
+"""The wire protocol: round trips, frames cut anywhere, peers that send rubbish or leave."""
+
+import asyncio
+import socket
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmopt.runtime.core import TokenOutput
+from llmopt.runtime.params import GenerationParams
+from llmopt.runtime.protocol import Sampled, SamplingParams
+from llmopt.serve.wire import (
+    MAX_FRAME,
+    Add,
+    Cancel,
+    Channel,
+    Fatal,
+    Ready,
+    Refused,
+    Stop,
+    Tokens,
+    WireError,
+    decode,
+    encode,
+    read_message,
+)
+
+IDS, NUMBERS = st.integers(0, 2**31), st.floats(-100, 100)
+SAMPLING = st.builds(
+    SamplingParams,
+    temperature=NUMBERS,
+    top_k=IDS,
+    logit_bias=st.dictionaries(IDS, NUMBERS, max_size=3),
+    seed=st.one_of(st.none(), st.integers(0, 2**64 - 1)),
+    logprobs=st.one_of(st.none(), st.integers(0, 20)),
+)
+PARAMS = st.builds(
+    GenerationParams,
+    SAMPLING,
+    st.one_of(st.none(), IDS),
+    st.lists(st.text(), max_size=3).map(tuple),
+    st.lists(IDS, max_size=3).map(tuple),
+    st.booleans(),
+)
+SAMPLED = st.builds(
+    Sampled, IDS, st.one_of(st.none(), NUMBERS), st.lists(st.tuples(IDS, NUMBERS), max_size=3).map(tuple)
+)
+OUTPUTS = st.builds(TokenOutput, IDS, SAMPLED, st.sampled_from([None, "stop", "length"]))
+MESSAGES = st.one_of(
+    st.builds(Ready, IDS, IDS, IDS, IDS),
+    st.builds(Fatal, IDS, st.text()),
+    st.builds(Add, IDS, st.lists(IDS, max_size=5), PARAMS),
+    st.builds(Cancel, IDS),
+    st.builds(Refused, IDS, st.text()),
+    st.builds(Tokens, st.lists(OUTPUTS, max_size=3)),
+    st.just(Stop()),
+)
+
+
+@settings(max_examples=300)
+@given(MESSAGES)
+def test_a_message_survives_the_wire(message):
+    frame = encode(message)
+    assert struct.unpack(">I", frame[:4])[0] == len(frame) - 4
+    assert decode(frame[4:]) == message
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(MESSAGES, min_size=1, max_size=5), st.data())
+def test_frames_may_arrive_in_any_pieces(messages, data):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel, got = Channel(ours), []
+        stream = b"".join(map(encode, messages))
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
+        for start, stop in zip([0, *cuts], [*cuts, len(stream)]):
+            theirs.sendall(stream[start:stop])
+            got += channel.receive(wait=False)
+        assert got == messages
+        theirs.close()
+        with pytest.raises(WireError, match="closed"):
+            channel.receive(wait=True)
+
+
+def test_the_async_side_reads_what_the_channel_sends():
+    async def talk():
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        with theirs:
+            channel = Channel(theirs)
+            channel.send(Refused(1, "é"))
+            channel.send(Stop())
+            assert [await read_message(reader) for _ in range(2)] == [Refused(1, "é"), Stop()]
+        with pytest.raises(WireError, match="closed"):
+            await read_message(reader)
+        writer.close()
+        await writer.wait_closed()
+
+    asyncio.run(talk())
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"[1,2]", b'["Nothing",{}]', b'["Cancel",{}]', b'["Cancel",{"request":1,"x":2}]', b"\xff"]
+)
+def test_rubbish_is_a_wire_error(data):
+    with pytest.raises(WireError, match="not a message"):
+        decode(data)
+
+
+def test_a_frame_that_is_too_long_is_refused_before_it_is_read():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(struct.pack(">I", MAX_FRAME + 1))
+        with pytest.raises(WireError, match="a frame of"):
+            Channel(ours).receive(wait=True)
+
+
+def test_sending_to_a_peer_that_left_is_a_wire_error():
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours, pytest.raises(WireError, match="closed"):
+        Channel(ours).send(Stop())
