@@ -4,11 +4,11 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from typing import Any  # noqa: E402
+from typing import Any
 
-import numpy as np  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 plain_dot = InterpreterBuilder.create_dot
 

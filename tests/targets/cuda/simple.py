@@ -66,21 +66,20 @@ def linear(
 def counted_copy(source, out, counter, N: tl.constexpr, BLOCK: tl.constexpr):
     """Copies, and proves on the way that its counter came as zero: else the output is NaN. Leaves zero."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    dirty = tl.load(counter + tl.program_id(0))
-    tl.store(counter + tl.program_id(0), 1)
+    dirty = tl.atomic_add(counter + tl.program_id(0), 1)
     value = tl.load(source + n, mask=n < N).to(tl.float32)
     tl.store(out + n, tl.where(dirty == 0, value, float("nan")).to(out.dtype.element_ty), mask=n < N)
-    tl.store(counter + tl.program_id(0), 0)
+    tl.atomic_add(counter + tl.program_id(0), -1)
 
 
 @triton.jit
-def silu_gate(x, out, I: tl.constexpr, BLOCK: tl.constexpr):
+def silu_gate(x, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(x + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
-    up = tl.load(x + row * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
+    gate = tl.load(x + row * 2 * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * WIDTH + WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
     act = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * I + i, (act * up).to(out.dtype.element_ty), mask=i < I)
+    tl.store(out + row * WIDTH + i, (act * up).to(out.dtype.element_ty), mask=i < WIDTH)
 
 
 @triton.jit
@@ -211,7 +210,7 @@ def serve_gate(site: CallSite, v: Any) -> Any:
         return f"activation {v['kind']}"
     (out,) = site.outputs
     i = out.shape[-1]
-    return one(silu_gate, (out.shape[1], -(-i // 1024)), {"x": v["x"], "out": out}, I=i, BLOCK=1024)
+    return one(silu_gate, (out.shape[1], -(-i // 1024)), {"x": v["x"], "out": out}, WIDTH=i, BLOCK=1024)
 
 
 def serve_rope(site: CallSite, v: Any) -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from llmopt.runtime.protocol import FloatArray, IntArray
-from tests.targets.cuda.models import CONTEXT, Model, interpreted, model, planned, reference
+from tests.targets.cuda.models import Model, interpreted, model, reference
 from tests.targets.cuda.simple import KERNELS
 from tests.targets.models import worst
 from tests.targets.ragged import RaggedDriver

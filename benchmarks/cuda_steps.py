@@ -1,0 +1,149 @@
+"""Times of a cuda artifact's steps, with torch and Triton hidden: python benchmarks/cuda_steps.py ARTIFACT --batch 1,8
+
+For each batch size: prompts prefilled, then decode steps through the executor (host sampling included) and the decode
+graph alone by device events; for each prefill length, submit to collect. Appends a row each to a JSONL file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+for hidden in ("torch", "triton"):
+    sys.modules[hidden] = None  # type: ignore[assignment]
+
+import numpy as np  # noqa: E402
+from cuda.bindings import driver as cu  # noqa: E402
+
+from llmopt.artifact import Artifact  # noqa: E402
+from llmopt.runtime.executors.cuda import CudaExecutor, load  # noqa: E402
+from llmopt.runtime.executors.cuda.driver import call  # noqa: E402
+from llmopt.runtime.protocol import Admission, SamplingParams, SeqStep, StepBatch  # noqa: E402
+from llmopt.runtime.state import StateAllocator  # noqa: E402
+from llmopt.target import LoadOptions  # noqa: E402
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Median, p20 and p80 in ms."""
+    p20, median, p80 = np.percentile(np.array(seconds) * 1e3, (20, 50, 80)).tolist()
+    return {"ms": round(median, 4), "ms_p20": round(p20, 4), "ms_p80": round(p80, 4)}
+
+
+class Sequences:
+    """Random prompts in an executor, one id each."""
+
+    def __init__(self, executor: CudaExecutor) -> None:
+        self.executor = executor
+        self.allocator = StateAllocator(executor.state_plan, executor.limits.blocks)
+        self.random = np.random.default_rng(0)
+        self.lengths: dict[int, int] = {}
+
+    def prefill(self, seq_id: int, length: int) -> float:
+        """Seconds from submit to the first token."""
+        prompt = self.random.integers(0, self.executor.limits.vocab_size, length).astype(np.int64)
+        admit: tuple[Admission, ...] = (Admission(seq_id, prompt, GREEDY),)
+        start = time.perf_counter()
+        for at in range(0, length, self.executor.limits.max_tokens_per_step):
+            stop = min(length, at + self.executor.limits.max_tokens_per_step)
+            if not self.allocator.extend(seq_id, stop):
+                raise SystemExit("out of KV blocks")
+            row = SeqStep(seq_id, prompt[at:stop], at, self.allocator.table(seq_id, stop), sample=stop == length)
+            self.executor.collect(self.executor.submit(StepBatch((row,), admit=admit)))
+            admit = ()
+        self.lengths[seq_id] = length
+        return time.perf_counter() - start
+
+    def decode(self) -> float:
+        """Seconds of one step over all sequences."""
+        rows = []
+        for seq_id, length in self.lengths.items():
+            self.allocator.extend(seq_id, length + 1)
+            rows.append(SeqStep(seq_id, None, length, self.allocator.table(seq_id, length + 1), sample=True))
+            self.lengths[seq_id] = length + 1
+        start = time.perf_counter()
+        self.executor.collect(self.executor.submit(StepBatch(tuple(rows))))
+        return time.perf_counter() - start
+
+    def release(self) -> None:
+        """Drop every sequence."""
+        self.executor.collect(self.executor.submit(StepBatch((), release=tuple(self.lengths))))
+        for seq_id in self.lengths:
+            self.allocator.release(seq_id)
+        self.lengths.clear()
+
+
+def graph_seconds(executor: CudaExecutor, batch: int, repeat: int = 20) -> list[float]:
+    """Device time of the decode bucket alone, as its inputs were left."""
+    backend: Any = executor.backend
+    bound = backend.bound[executor.buckets.pick("decode", batch, batch)]
+    events = [call("cuEventCreate", 0) for _ in range(repeat + 1)]
+    call("cuEventRecord", events[0], backend.stream)
+    for event in events[1:]:
+        bound.run()
+        call("cuEventRecord", event, backend.stream)
+    call("cuEventSynchronize", events[-1])
+    return [call("cuEventElapsedTime", a, b) / 1e3 for a, b in zip(events, events[1:])]
+
+
+def main() -> None:
+    """Measure and append rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--batch", default="1,8,32,128,256")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--ttft", default="128,2048,8000")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--context", type=int)
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/rows/cuda.jsonl"))
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    artifact = Artifact.open(options.artifact)
+    batches = [int(b) for b in options.batch.split(",")]
+    start = time.perf_counter()
+    executor = load(artifact, LoadOptions("cuda", max_sequences=max(batches), max_context=options.context))
+    base = {
+        "date": date.today().isoformat(),
+        "commit": options.commit,
+        "gpu": getattr(executor.backend, "device").name,  # noqa: B009
+        "driver": getattr(executor.backend, "device").driver,  # noqa: B009
+        "model": options.artifact.name,
+        "triton": artifact.manifest.notes["triton"],
+        "load_s": round(time.perf_counter() - start, 3),
+    }
+    rows: list[dict[str, Any]] = []
+    work = Sequences(executor)
+    for length in (int(n) for n in options.ttft.split(",") if n):
+        times = []
+        for _ in range(4):
+            times.append(work.prefill(0, length))
+            work.release()
+        rows.append({**base, "what": "ttft", "prompt": length, **percentiles(times[1:])})
+        print(json.dumps(rows[-1]), flush=True)
+    for batch in batches:
+        for seq_id in range(batch):
+            work.prefill(seq_id, options.prompt)
+        times = [work.decode() for _ in range(options.steps)][3:]
+        rows.append({**base, "what": "step", "batch": batch, "prompt": options.prompt, **percentiles(times)})
+        print(json.dumps(rows[-1]), flush=True)
+        found = percentiles(graph_seconds(executor, batch)[2:])
+        rows.append({**base, "what": "graph", "batch": batch, "prompt": options.prompt, **found})
+        print(json.dumps(rows[-1]), flush=True)
+        work.release()
+    executor.close()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
