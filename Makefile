@@ -6,7 +6,7 @@ PYTHONS ?= python3 python3.11 python3.12 python3.13
 # Where to look for wheels besides PyPI. On Linux without a GPU, PyPI's torch brings 2 GB of CUDA libraries:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
-EXTRAS  ?= compile,onnxruntime,serve,dev
+EXTRAS  ?= compile,onnxruntime,cuda,cuda-compile,serve,dev
 # What make demo compiles with.
 RECIPE  ?= int4-cpu
 
