@@ -103,27 +103,33 @@ class View:
 class Bucket:
     """The launches for one set of extents (``dims``), and where each arena buffer lies (bytes).
 
-    ``logits``: (M, V), alive until the bucket's next run. ``zeroed``: arena ranges (offset, bytes) that must hold
-    zeros before the first launch of any bucket; kernels leave zeros there, and no bucket puts anything else there.
+    ``inputs``: what the host sends before a run, states apart. ``sampling``: the launches that draw tokens from the
+    ``logits`` (M, V) into ``sampled`` (M,), apart from the rest so that a grammar mask holds up only them; both stay
+    until the next run. ``zeroed``: arena ranges (offset, bytes) that must hold zeros before the first launch of any
+    bucket; kernels leave zeros there, and no bucket puts anything else there.
     """
 
     function: str
     dims: dict[str, int]
+    inputs: dict[str, View]
     launches: tuple[Launch, ...]
+    sampling: tuple[Launch, ...]
     offsets: dict[str, int]
     arena_bytes: int
     logits: View
+    sampled: View
     zeroed: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Everything the cuda executor runs on one architecture. ``inputs``: each step input at its largest."""
+    """Everything the cuda executor runs on one architecture. ``persistent``: buffers that outlive steps, zero at first:
+    ``last_tokens``, each sequence slot's last drawn token."""
 
     arch: int
     kernels: dict[str, Cubin]
     buckets: tuple[Bucket, ...]
-    inputs: dict[str, View] = field(default_factory=dict)
+    persistent: dict[str, View] = field(default_factory=dict)
 
     @property
     def arena_bytes(self) -> int:
@@ -145,7 +151,7 @@ class LaunchPlan:
                 raw["arch"],
                 {name: Cubin(**k) for name, k in raw["kernels"].items()},
                 tuple(_bucket(b) for b in raw["buckets"]),
-                {name: _view(v) for name, v in raw["inputs"].items()},
+                {name: _view(v) for name, v in raw["persistent"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"launch plan is malformed: {error!r}") from error
@@ -166,12 +172,19 @@ def _view(raw: dict[str, Any]) -> View:
 
 
 def _bucket(raw: dict[str, Any]) -> Bucket:
-    launches = tuple(
-        Launch(**{**x, "grid": tuple(x["grid"]), "args": tuple(_operand(a) for a in x["args"])})
-        for x in raw["launches"]
-    )
-    zeroed = tuple((offset, size) for offset, size in raw["zeroed"])
-    return Bucket(**{**raw, "launches": launches, "logits": _view(raw["logits"]), "zeroed": zeroed})
+    fields = {
+        "inputs": {name: _view(v) for name, v in raw["inputs"].items()},
+        "launches": tuple(_launch(x) for x in raw["launches"]),
+        "sampling": tuple(_launch(x) for x in raw["sampling"]),
+        "logits": _view(raw["logits"]),
+        "sampled": _view(raw["sampled"]),
+        "zeroed": tuple((offset, size) for offset, size in raw["zeroed"]),
+    }
+    return Bucket(**{**raw, **fields})
+
+
+def _launch(raw: dict[str, Any]) -> Launch:
+    return Launch(**{**raw, "grid": tuple(raw["grid"]), "args": tuple(_operand(a) for a in raw["args"])})
 
 
 def _operand(raw: list[Any]) -> Operand:

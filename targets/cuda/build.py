@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llmopt.launch import Bucket, Cubin, Launch, LaunchPlan, TensorMap, View, plan_file
-from llmopt.program import Function, Program, eval_shape
+from llmopt.program import Function, Program
 from llmopt.target import BuildContext, TargetFiles, WeightReader
 
 from .cache import Compiled, CubinCache, Job
 from .compile import assembler_major, compile_all, compiler_version
+from .feedback import LAST, with_feedback
 from .kernel import Kernel, Specialization
 from .options import CudaOptions
-from .plan import BucketPlan, dense, place, plan_bucket
+from .plan import BucketPlan, dense, place, plan_bucket, view
 from .select import Selector, discover
 
 
@@ -83,12 +84,14 @@ def plan_arch(program: Program, arch: int, options: CudaOptions, kernels: tuple[
 def buckets(program: Program, options: CudaOptions) -> Iterator[tuple[Function, dict[str, int]]]:
     """Each function with the extents of each of its buckets; no bucket is larger than the program allows."""
     fixed = {name: high for name, (_, high) in program.dims.items() if name.startswith(("W_", "B_"))}
+    places = max(*options.decode_buckets, *options.extend_sequences)
+    decode, extend = (with_feedback(program.functions[name], places) for name in ("decode", "extend"))
     for count in options.decode_buckets:
-        yield program.functions["decode"], {**fixed, "T": count, "N": count, "M": count}
+        yield decode, {**fixed, "T": count, "N": count, "M": count}
     for rows in options.extend_buckets:
         for count in options.extend_sequences:
             if count <= rows:
-                yield program.functions["extend"], {**fixed, "T": rows, "N": count, "M": count}
+                yield extend, {**fixed, "T": rows, "N": count, "M": count}
 
 
 def kernel_names(plan: ArchPlan) -> dict[Specialization, str]:
@@ -109,7 +112,17 @@ def finish(
         )
         for s, k in compiled.items()
     }
-    return LaunchPlan(plan.arch, dict(sorted(kernels.items())), tuple(placed), inputs(program, plan))
+    return LaunchPlan(plan.arch, dict(sorted(kernels.items())), tuple(placed), persistent(plan))
+
+
+def persistent(plan: ArchPlan) -> dict[str, View]:
+    """Buffers that outlive steps."""
+    return {LAST: view(dense(LAST, "int32", (slots(plan.buckets),)), 1)}
+
+
+def slots(buckets: Iterable[BucketPlan]) -> int:
+    """Sequence slots the plans were made with."""
+    return max(int(bucket.function.types[LAST].shape[0]) for bucket in buckets)
 
 
 def with_maps(bucket: Bucket, maps: Mapping[str, tuple[tuple[tuple[int, ...], int], ...]]) -> Bucket:
@@ -126,21 +139,6 @@ def with_maps(bucket: Bucket, maps: Mapping[str, tuple[tuple[tuple[int, ...], in
         return replace(launch, args=tuple(args))
 
     return replace(bucket, launches=tuple(fix(launch) if maps[launch.kernel] else launch for launch in bucket.launches))
-
-
-def inputs(program: Program, plan: ArchPlan) -> dict[str, View]:
-    """Each step input at its largest over the buckets; states are not among them."""
-    states = {spec.input for group in program.states.groups for spec in group.states}
-    found: dict[str, View] = {}
-    for bucket in plan.buckets:
-        for name in bucket.function.inputs:
-            if name in states:
-                continue
-            kind = bucket.function.types[name]
-            x = dense(name, kind.dtype, eval_shape(kind.shape, bucket.dims))
-            if name not in found or found[name].shape < x.shape:
-                found[name] = View(name, x.dtype, x.shape, x.strides)
-    return dict(sorted(found.items()))
 
 
 def choices(plan: ArchPlan) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from llmopt.launch import Bucket, Launch, Operand, Pointer, Scalar, TensorMap, V
 from llmopt.lower.memory import ALIGNMENT, Interval, plan_memory
 from llmopt.program import Function, OpCall, Program, dtype_bytes, eval_shape
 
+from .feedback import DRAWN, GREEDY, LAST
 from .kernel import CallSite, KernelLaunch, Scratch, Specialization, Strided, TmaOperand
 from .select import Choice
 from .views import evaluate, resolve_view
@@ -56,7 +57,7 @@ class BucketPlan:
     launches: list[PlannedLaunch]
     buffers: dict[str, int]
     zeroed: dict[str, int]
-    logits: Strided
+    outputs: dict[str, Strided]
     choices: list[tuple[OpCall, Choice]] = field(default_factory=list)
 
     @property
@@ -78,7 +79,9 @@ def plan_bucket(
     for name in function.inputs:
         kind = function.types[name]
         values[name] = dense(name, kind.dtype, eval_shape(kind.shape, dims))
-    plan = BucketPlan(function, dict(dims), [], {}, {}, next(iter(values.values())))
+    last = function.types[LAST]
+    values[LAST] = dense(LAST, last.dtype, eval_shape(last.shape, dims))
+    plan = BucketPlan(function, dict(dims), [], {}, {}, {})
     for index, call in enumerate(function.calls):
         arguments = {name: evaluate(arg, values, dims) for name, arg in call.args.items()}
         views = resolve_view(call.op, arguments) or identity_rows(function, call, arguments, dims)
@@ -96,7 +99,7 @@ def plan_bucket(
             check_alignment(launch, call)
             plan.launches.append(PlannedLaunch(launch, call, index))
             claim_scratch(plan, launch, call)
-    plan.logits = values[function.outputs[0]]
+    plan.outputs = {"logits": values[function.outputs[0]], DRAWN: values[DRAWN]}
     return plan
 
 
@@ -149,7 +152,7 @@ def check_alignment(launch: KernelLaunch, call: OpCall) -> None:
 
 
 def lifetimes(plan: BucketPlan) -> list[Interval]:
-    """Live interval of each arena buffer in launch order; the logits outlive the bucket."""
+    """Live interval of each arena buffer in launch order; logits and drawn tokens outlive the bucket."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for at, planned in enumerate(plan.launches):
@@ -158,7 +161,7 @@ def lifetimes(plan: BucketPlan) -> list[Interval]:
             if name in plan.buffers:
                 first.setdefault(name, at)
                 last[name] = at
-    last[plan.logits.buffer] = len(plan.launches)
+    last |= {output.buffer: len(plan.launches) for output in plan.outputs.values()}
     return [Interval(name, first[name], last[name], plan.buffers[name]) for name in first]
 
 
@@ -185,19 +188,22 @@ def place(plan: BucketPlan, zero_bytes: int, kernel_name: Callable[[Specializati
         offsets[name] = at
         zeroed.append((at, size))
         at += size
-    launches = []
+    launches: dict[bool, list[Launch]] = {False: [], True: []}
     for planned in plan.launches:
         spec = planned.launch.specialization
         args = tuple(operand(arg, type_, planned.call) for (_, type_), arg in zip(spec.signature, planned.launch.args))
         grid, moved, scope = planned.launch.grid, planned.launch.bytes, planned.call.scope
-        launches.append(Launch(kernel_name(spec), grid, args, spec.pdl, moved, scope))
+        launches[planned.call.op == GREEDY].append(Launch(kernel_name(spec), grid, args, spec.pdl, moved, scope))
     return Bucket(
         function=plan.function.name,
         dims=dict(sorted(plan.dims.items())),
-        launches=tuple(launches),
+        inputs=inputs(plan),
+        launches=tuple(launches[False]),
+        sampling=tuple(launches[True]),
         offsets=dict(sorted(offsets.items())),
         arena_bytes=zero_bytes + memory.total,
-        logits=logits_view(plan.logits),
+        logits=view(plan.outputs["logits"], 2),
+        sampled=view(plan.outputs[DRAWN], 1),
         zeroed=tuple(zeroed),
     )
 
@@ -217,6 +223,14 @@ def operand(arg: Any, type_: str, call: OpCall) -> Operand:
     return Scalar(type_, arg)
 
 
-def logits_view(x: Strided) -> View:
-    """Logits (1, M, V) as the host reads them, (M, V)."""
-    return View(x.buffer, x.dtype, x.shape[-2:], x.strides[-2:], x.offset * dtype_bytes(x.dtype))
+def view(x: Strided, rank: int) -> View:
+    """A tensor as the host sees it: its last ``rank`` dimensions."""
+    return View(x.buffer, x.dtype, x.shape[-rank:], x.strides[-rank:], x.offset * dtype_bytes(x.dtype))
+
+
+def inputs(plan: BucketPlan) -> dict[str, View]:
+    """The bucket's inputs that the host sends: all but the states."""
+    function = plan.function
+    sent = [name for name in function.inputs if name not in function.state_outputs]
+    return {n: view(dense(n, function.types[n].dtype, shape(function, n, plan.dims)), len(function.types[n].shape))
+            for n in sent}  # fmt: skip

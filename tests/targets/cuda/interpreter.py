@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llmopt.launch import Bucket, LaunchPlan, Pointer, Scalar, TensorMap
+from llmopt.launch import Bucket, LaunchPlan, Pointer, Scalar, TensorMap, View
 from llmopt.lower.readers import Reader
 from llmopt.program import Program, StateGroup, dtype_bytes
 from llmopt.runtime.executors.cuda.layout import (
     Region,
     inputs_region,
     is_table,
+    persistent_region,
     states_region,
     tables_region,
     weights_region,
@@ -77,33 +78,37 @@ class PlanInterpreter:
         self.states = Bytes(self.state_offsets.size, 0)
         self.table_offsets = tables_region(plan)
         self.tables = Bytes(self.table_offsets.size, 0)
+        self.kept_offsets = persistent_region(plan)
+        self.kept = Bytes(self.kept_offsets.size, 0)
         self.arena = Bytes(plan.arena_bytes)
         for bucket in plan.buckets:
             for offset, size in bucket.zeroed:
                 self.arena.data[offset : offset + size] = 0
-        self.results: list[FloatArray] = []
+        self.results: list[tuple[IntArray, FloatArray]] = []
 
-    def run(self, bucket: int, inputs: Arrays, rows: int) -> int:
+    def run(self, bucket: int, inputs: Arrays, draw: bool, rows: int) -> int:
         chosen = self.plan.buckets[bucket]
-        packed = inputs_region(self.program, chosen)
+        packed = inputs_region(chosen)
         region = Bytes(packed.size)
         for name, value in inputs.items():
             if is_table(name):
-                width = self.plan.inputs[name].shape[1]
+                width = chosen.inputs[name].shape[1]
                 at = self.table_offsets.offsets[f"{chosen.function}/{name}"]
                 for i, row in enumerate(value):
                     self.tables.put(at + i * width * row.itemsize, row)
             else:
                 region.put(packed.offsets[name], value)
-        for launch in chosen.launches:
+        for launch in (*chosen.launches, *(chosen.sampling if draw else ())):
             self._launch(launch.kernel, launch.grid, launch.args, chosen, region, packed)
         for offset, size in chosen.zeroed:
             assert not self.arena.data[offset : offset + size].any(), "a kernel left its counters dirty"
-        view = chosen.logits
-        flat = self.arena.view(chosen.offsets[view.name] + view.offset, getattr(torch, view.dtype))
-        found = torch.as_strided(flat, (rows, view.shape[1]), view.strides)
-        self.results.append(found.float().numpy().copy())
+        logits = self._read(chosen, chosen.logits)[:rows].float().numpy().copy()
+        self.results.append((self._read(chosen, chosen.sampled).numpy().astype(np.int64), logits))
         return len(self.results) - 1
+
+    def _read(self, bucket: Bucket, view: View) -> torch.Tensor:
+        flat = self.arena.view(bucket.offsets[view.name] + view.offset, getattr(torch, view.dtype))
+        return torch.as_strided(flat, view.shape, view.strides)
 
     def _launch(
         self, name: str, grid: tuple[int, int, int], args: Any, bucket: Bucket, region: Bytes, packed: Region
@@ -139,11 +144,13 @@ class PlanInterpreter:
             return region, packed.offsets[name]
         if name in self.state_offsets.offsets:
             return self.states, self.state_offsets.offsets[name]
+        if name in self.kept_offsets.offsets:
+            return self.kept, self.kept_offsets.offsets[name]
         if is_table(name):
             return self.tables, self.table_offsets.offsets[f"{bucket.function}/{name}"]
         return self.weights, self.where.offsets[name]
 
-    def logits(self, handle: int) -> FloatArray:
+    def result(self, handle: int) -> tuple[IntArray, FloatArray]:
         return self.results[handle]
 
     def copy_blocks(self, group: StateGroup, source: IntArray, target: IntArray) -> None:

@@ -22,7 +22,7 @@ from llmopt.recipe import load_recipe
 from llmopt.registry import load_executor_module
 from llmopt.runtime.executors.cuda.executor import CudaExecutor
 from llmopt.target import LoadOptions
-from targets.cuda.build import ArchPlan, kernel_names, plan_arch
+from targets.cuda.build import ArchPlan, kernel_names, persistent, plan_arch
 from targets.cuda.kernel import Kernel
 from targets.cuda.options import CudaOptions
 from targets.cuda.plan import place
@@ -67,13 +67,11 @@ def planned(
     program: Program, kernels: tuple[Kernel, ...], options: CudaOptions = OPTIONS
 ) -> tuple[ArchPlan, LaunchPlan]:
     """A program's plan for sm_90 without compiling its kernels."""
-    from targets.cuda.build import inputs
-
     plan = plan_arch(program, 90, options, kernels)
     names = kernel_names(plan)
     zero_bytes = max(bucket.zero_bytes for bucket in plan.buckets)
     placed = tuple(place(bucket, zero_bytes, names.__getitem__) for bucket in plan.buckets)
-    return plan, LaunchPlan.from_json(LaunchPlan(90, {}, placed, inputs(program, plan)).to_json())
+    return plan, LaunchPlan.from_json(LaunchPlan(90, {}, placed, persistent(plan)).to_json())
 
 
 def interpreted(found: Model, kernels: tuple[Kernel, ...], options: CudaOptions = OPTIONS) -> CudaExecutor:

@@ -39,7 +39,7 @@ def load(artifact: Artifact, options: LoadOptions) -> CudaExecutor:
     plan = LaunchPlan.from_json(artifact.file(plan_file(arch)).read_text("utf-8"))
     program = artifact.program
     context = min(options.max_context or program.max_context, program.max_context)
-    where = layout(program, plan, weights_region(program))
+    where = layout(plan, weights_region(program))
     free, _ = device.free_bytes()
     budget = Budget(where.weights.size, where.arena_bytes, where.input_bytes, free, options.kv_bytes)
     blocks = size_blocks(program.states, budget, options.max_sequences, context)

@@ -1,4 +1,4 @@
-"""The cuda executor: steps through planned buckets on a device, sampling on the host."""
+"""The cuda executor: steps through planned buckets on a device; greedy tokens are drawn there, others on the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from llmopt.errors import ExecutorError, RequestError
 from llmopt.launch import LaunchPlan
 from llmopt.program import Program, StateGroup
 from llmopt.runtime.executors.cuda.steps import Arrays, Buckets, Part, padded_inputs
-from llmopt.runtime.protocol import ExecutorLimits, FloatArray, IntArray, Sampled, StateOp, StepBatch, StepOutput
+from llmopt.runtime.protocol import (
+    Admission,
+    ExecutorLimits,
+    FloatArray,
+    IntArray,
+    Sampled,
+    StateOp,
+    StepBatch,
+    StepOutput,
+)
 from llmopt.runtime.sampler import HostSampler
 
 
@@ -22,12 +31,13 @@ class Backend(Protocol):
 
     blocks: Mapping[str, int]
 
-    def run(self, bucket: int, inputs: Arrays, rows: int) -> int:
-        """Enqueue a bucket with its inputs (block tables unpadded) and the download of ``rows`` rows of logits."""
+    def run(self, bucket: int, inputs: Arrays, draw: bool, rows: int) -> int:
+        """Enqueue a bucket with its inputs (block tables unpadded), drawing tokens if any row wants one, and the
+        download of what was drawn and of ``rows`` rows of logits. Returns a handle."""
         ...
 
-    def logits(self, handle: int) -> FloatArray:
-        """Wait for a run; its logits (rows, V) float32."""
+    def result(self, handle: int) -> tuple[IntArray, FloatArray]:
+        """Wait for a run, once: its drawn tokens (M,), and its logits (rows, V) float32."""
         ...
 
     def copy_blocks(self, group: StateGroup, source: IntArray, target: IntArray) -> None:
@@ -48,11 +58,22 @@ class Backend(Protocol):
 
 
 @dataclass
-class _Pending:
-    """A submitted step: its runs, and for each the rows and where their logits are."""
+class _Run:
+    """A part on its way: its handle, the logits rows of each of its rows, and the sequences drawn on the device."""
+
+    handle: int
+    part: Part
+    wanted: list[IntArray]
+    drawn: frozenset[int]
+
+
+@dataclass
+class _Step:
+    """A submitted step; ``output`` once it has been waited for."""
 
     batch: StepBatch
-    runs: list[tuple[int, Part, list[IntArray]]] = field(default_factory=list)
+    runs: list[_Run] = field(default_factory=list)
+    output: StepOutput | None = None
 
 
 class CudaExecutor:
@@ -62,84 +83,135 @@ class CudaExecutor:
         self.program, self.plan, self.backend = program, plan, backend
         self.state_plan = program.states
         self.buckets = Buckets(plan)
+        places = min(sequences, self.buckets.max_parts, plan.persistent["last_tokens"].shape[0])
         self.limits = ExecutorLimits(
             max_context=context,
-            max_sequences=min(sequences, self.buckets.max_parts),
+            max_sequences=places,
             max_tokens_per_step=self.buckets.max_rows,
             blocks=dict(backend.blocks),
             vocab_size=program.vocab_size,
             rope_switch=program.rope_switch,
+            steps_in_flight=2,
         )
         self.sampler = HostSampler(program.vocab_size)
+        self.free = list(range(plan.persistent["last_tokens"].shape[0]))[::-1]
+        self.slots: dict[int, int] = {}
+        self.on_device: set[int] = set()
         self.swapped: dict[tuple[str, int], list[npt.NDArray[np.uint8]]] = {}
-        self.pending: dict[int, _Pending] = {}
+        self.steps: dict[int, _Step] = {}
         self.dead: ExecutorError | None = None
         self.tickets = 0
 
     def submit(self, batch: StepBatch) -> int:
-        """Enqueue a step on the device and return at once."""
+        """Enqueue a step and return at once, unless it needs a token that the host is still to draw, or a sequence
+        comes back whose release is on its way."""
         self._alive()
-        for admission in batch.admit:
-            self.sampler.admit(admission)
-        step = _Pending(batch)
+        step = _Step(batch)
         try:
+            waits = any(row.tokens is None and row.seq_id not in self.on_device for row in batch.rows)
+            if waits or any(admission.seq_id in self.slots for admission in batch.admit):
+                self._catch_up()
+            for admission in batch.admit:
+                self._admit(admission)
             for op in batch.ops:
                 self._state_op(op)
             for part in self.buckets.parts(batch.rows) if batch.rows else ():
-                step.runs.append(self._start(part))
+                step.runs.append(self._start(part, batch))
         except ExecutorError as error:
             self.dead = error
             raise
         self.tickets += 1
-        self.pending[self.tickets] = step
+        self.steps[self.tickets] = step
         return self.tickets
 
     def collect(self, ticket: int) -> StepOutput:
-        """Wait for a step and draw its tokens; raises ExecutorError when the device failed or the ticket is unknown."""
+        """Wait for a step and the steps before it; raises ExecutorError when the device failed or the ticket is
+        unknown."""
         self._alive()
-        if ticket not in self.pending:
+        if ticket not in self.steps:
             raise ExecutorError(f"step {ticket} was never submitted or was already collected")
-        step = self.pending.pop(ticket)
-        try:
-            logits, ends = self._logits(step)
-            drawn = list(ends)
-            rows = np.stack([ends[seq_id] for seq_id in drawn]) if drawn else np.zeros((0, 0), np.float32)
-            sampled = self.sampler.sample_rows(drawn, rows, step.batch.masks) if drawn else []
-        except ExecutorError as error:
-            self.dead = error
-            raise
-        for seq_id in step.batch.release:
-            self.sampler.release(seq_id)
-        results: dict[int, Sampled] = dict(zip(drawn, sampled))
-        return StepOutput(results, {seq_id: np.concatenate(parts) for seq_id, parts in logits.items()})
+        self._catch_up(ticket)
+        output = self.steps.pop(ticket).output
+        assert output is not None
+        return output
 
     def close(self) -> None:
         """Free the device's memory; idempotent."""
-        self.pending.clear()
+        self.steps.clear()
         self.backend.close()
 
     def _alive(self) -> None:
         if self.dead is not None:
             raise ExecutorError(f"the engine is dead: {self.dead}")
 
-    def _start(self, part: Part) -> tuple[int, Part, list[IntArray]]:
-        dims = self.plan.buckets[part.bucket].dims
-        inputs, wanted = padded_inputs(part, dims, self.plan.inputs, self.state_plan, self.sampler.last)
-        rows = 1 + max((int(index.max()) for index in wanted if len(index)), default=-1)
-        return self.backend.run(part.bucket, inputs, rows), part, wanted
+    def _admit(self, admission: Admission) -> None:
+        self.sampler.admit(admission)
+        self.on_device.discard(admission.seq_id)
+        if admission.seq_id not in self.slots:
+            if not self.free:
+                raise RequestError(f"more than {len(self.slots)} sequences at once")
+            self.slots[admission.seq_id] = self.free.pop()
 
-    def _logits(self, step: _Pending) -> tuple[dict[int, list[FloatArray]], dict[int, FloatArray]]:
-        """Logits asked for, and the last row of each sequence that draws."""
+    def _release(self, seq_id: int) -> None:
+        self.sampler.release(seq_id)
+        self.on_device.discard(seq_id)
+        self.free.append(self.slots.pop(seq_id))
+
+    def _start(self, part: Part, batch: StepBatch) -> _Run:
+        bucket = self.plan.buckets[part.bucket]
+        drawing = [r.seq_id for r in part.rows if r.sample]
+        ours = frozenset(i for i in drawing if self.sampler.greedy(i) and i not in batch.masks)
+        slots = {i: self.slots[i] for i in ours}
+        inputs, wanted = padded_inputs(part, bucket, self.state_plan, self._last, slots)
+        asked = [i for r, i in zip(part.rows, wanted) if r.logits != "none" or (r.sample and r.seq_id not in ours)]
+        rows = 1 + max((int(index.max()) for index in asked if len(index)), default=-1)
+        handle = self.backend.run(part.bucket, inputs, bool(ours), rows)
+        self.on_device.difference_update(drawing)
+        self.on_device.update(ours)
+        return _Run(handle, part, wanted, ours)
+
+    def _last(self, seq_id: int) -> int:
+        """A sequence's last token; below zero the place where the device keeps it."""
+        return -1 - self.slots[seq_id] if seq_id in self.on_device else self.sampler.last(seq_id)
+
+    def _catch_up(self, ticket: int | None = None) -> None:
+        """Wait for every step, or for those up to a ticket."""
+        for number in sorted(self.steps):
+            if ticket is not None and number > ticket:
+                return
+            step = self.steps[number]
+            if step.output is None:
+                try:
+                    step.output = self._finish(step)
+                except ExecutorError as error:
+                    self.dead = error
+                    raise
+
+    def _finish(self, step: _Step) -> StepOutput:
+        sampled: dict[int, Sampled] = {}
         asked: dict[int, list[FloatArray]] = {}
         ends: dict[int, FloatArray] = {}
-        for handle, part, wanted in step.runs:
-            found = self.backend.logits(handle)
-            for row, index in zip(part.rows, wanted):
+        for run in step.runs:
+            tokens, logits = self.backend.result(run.handle)
+            for row, index in zip(run.part.rows, run.wanted):
                 if row.logits != "none":
-                    asked.setdefault(row.seq_id, []).append(found[index])
-                if row.sample:
-                    ends[row.seq_id] = found[index[-1]]
-        return asked, ends
+                    asked.setdefault(row.seq_id, []).append(logits[index])
+                if row.sample and row.seq_id in run.drawn:
+                    sampled[row.seq_id] = self._accept(row.seq_id, int(tokens[index[-1]]))
+                elif row.sample:
+                    ends[row.seq_id] = logits[index[-1]]
+        if ends:
+            found = self.sampler.sample_rows(list(ends), np.stack(list(ends.values())), step.batch.masks)
+            sampled |= dict(zip(ends, found))
+        for seq_id in step.batch.release:
+            self._release(seq_id)
+        return StepOutput(sampled, {seq_id: np.concatenate(parts) for seq_id, parts in asked.items()})
+
+    def _accept(self, seq_id: int, token: int) -> Sampled:
+        if token < 0:
+            raise ExecutorError("the model produced logits that are not finite")
+        self.sampler.accept(seq_id, token)
+        return Sampled(token)
 
     def _state_op(self, op: StateOp) -> None:
         group = next((g for g in self.state_plan.groups if g.name == op.group), None)

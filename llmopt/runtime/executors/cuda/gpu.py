@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from cuda.bindings import driver as cu  # type: ignore[import-untyped]
 
-from llmopt.artifact.dtypes import numpy_dtype
-from llmopt.launch import LaunchPlan
+from llmopt.launch import Bucket, LaunchPlan
 from llmopt.program import Program, StateGroup, dtype_bytes
 from llmopt.runtime.executors.cuda.driver import Device, call
-from llmopt.runtime.executors.cuda.launches import BoundBucket, Kernels
-from llmopt.runtime.executors.cuda.layout import Region, align, inputs_region, is_table, states_region, tables_region
+from llmopt.runtime.executors.cuda.launches import BoundLaunches, Kernels
+from llmopt.runtime.executors.cuda.layout import (
+    Region,
+    align,
+    inputs_region,
+    is_table,
+    persistent_region,
+    states_region,
+    tables_region,
+)
+from llmopt.runtime.executors.cuda.staging import Flight
 from llmopt.runtime.executors.cuda.steps import Arrays
-from llmopt.runtime.executors.cuda.weights import Pinned
 from llmopt.runtime.protocol import FloatArray, IntArray
-
-FLIGHTS = 2
-"""Steps whose inputs and logits may be on their way at once: staging buffers of each kind."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +32,34 @@ class Layout:
 
     weights: Region
     tables: Region
+    persistent: Region
     inputs: tuple[Region, ...]
     arena_bytes: int
 
     @property
+    def packed_bytes(self) -> int:
+        """Bytes of the largest bucket's packed inputs."""
+        return max(region.size for region in self.inputs)
+
+    @property
     def input_bytes(self) -> int:
-        """Bytes of all step inputs on the device: tables, and the largest bucket's packed inputs."""
-        return self.tables.size + max(region.size for region in self.inputs)
+        """Bytes of everything that carries state or inputs between host and device, KV apart."""
+        return self.tables.size + self.persistent.size + self.packed_bytes
 
 
-def layout(program: Program, plan: LaunchPlan, weights: Region) -> Layout:
+def layout(plan: LaunchPlan, weights: Region) -> Layout:
     """The fixed part of the device's memory."""
-    packed = tuple(inputs_region(program, bucket) for bucket in plan.buckets)
-    return Layout(weights, tables_region(plan), packed, align(plan.arena_bytes))
+    packed = tuple(inputs_region(bucket) for bucket in plan.buckets)
+    return Layout(weights, tables_region(plan), persistent_region(plan), packed, align(plan.arena_bytes))
 
 
-class _Flight:
-    """Pinned staging of one run: packed inputs, tables, logits, and the event of its end."""
+@dataclass(frozen=True)
+class Bound:
+    """A bucket at its addresses: the forward launches, and those that draw tokens."""
 
-    def __init__(self, inputs: int, tables: int, logits: int) -> None:
-        self.inputs, self.tables, self.logits = Pinned(inputs), Pinned(tables), Pinned(logits)
-        self.event = call("cuEventCreate", cu.CUevent_flags.CU_EVENT_DISABLE_TIMING)
-        self.result: npt.NDArray[Any] | None = None
-
-    def close(self) -> None:
-        self.result = None
-        call("cuEventDestroy", self.event)
-        for buffer in (self.inputs, self.tables, self.logits):
-            buffer.close()
+    bucket: Bucket
+    forward: BoundLaunches
+    sampling: BoundLaunches
 
 
 class GpuBackend:
@@ -72,117 +74,98 @@ class GpuBackend:
         blocks: Mapping[str, int],
         read: Callable[[str], bytes],
     ) -> None:
-        self.program, self.plan, self.device, self.where, self.blocks = program, plan, device, where, blocks
+        self.plan, self.device, self.where, self.blocks = plan, device, where, blocks
         self.states = states_region(program.states, blocks)
         self.memory: list[int] = []
-        self.weights = self._allocate(where.weights.size)
-        self.arena = self._allocate(where.arena_bytes)
-        self.tables = self._allocate(where.tables.size)
-        self.inputs = self._allocate(max(region.size for region in where.inputs))
-        self.kv = self._allocate(self.states.size)
         self.stream = call("cuStreamCreate", 1)
+        self.weights = self._allocate(where.weights.size)
+        self.arena = self._allocate(where.arena_bytes, clear=True)
+        self.tables = self._allocate(where.tables.size, clear=True)
+        self.persistent = self._allocate(where.persistent.size, clear=True)
+        self.inputs = self._allocate(where.packed_bytes)
+        # Slots that nothing wrote yet are read and masked: whatever they hold must be finite.
+        self.kv = self._allocate(self.states.size, clear=True)
+        call("cuStreamSynchronize", self.stream)
         self.kernels = Kernels(plan.kernels, read)
-        self.bound: dict[int, BoundBucket] = {}
-        self.flights = [self._flight() for _ in range(FLIGHTS)]
+        self.bound: dict[int, Bound] = {}
+        self.idle: list[Flight] = []
+        self.flying: dict[int, Flight] = {}
         self.runs = 0
-        self._clear()
 
-    def _allocate(self, size: int) -> int:
+    def _allocate(self, size: int, clear: bool = False) -> int:
         address = int(call("cuMemAlloc", max(size, 256)))
         self.memory.append(address)
+        if clear:
+            call("cuMemsetD8Async", address, 0, max(size, 256), self.stream)
         return address
-
-    def _flight(self) -> _Flight:
-        rows = max(b.logits.shape[0] * b.logits.strides[0] * dtype_bytes(b.logits.dtype) for b in self.plan.buckets)
-        return _Flight(max(region.size for region in self.where.inputs), self.where.tables.size, rows)
-
-    def _clear(self) -> None:
-        """Zeros where kernels expect them, and in the states, whose unwritten slots are read (and masked) too."""
-        call("cuMemsetD8Async", self.kv, 0, max(self.states.size, 256), self.stream)
-        call("cuMemsetD8Async", self.arena, 0, max(self.where.arena_bytes, 256), self.stream)
-        call("cuMemsetD8Async", self.tables, 0, max(self.where.tables.size, 256), self.stream)
-        call("cuStreamSynchronize", self.stream)
 
     def capture(self, buckets: list[int]) -> None:
         """Graphs for buckets."""
         for index in buckets:
-            self._bind(index).capture()
+            bound = self.bind(index)
+            bound.forward.capture()
+            bound.sampling.capture()
         call("cuStreamSynchronize", self.stream)
 
-    def _bind(self, index: int) -> BoundBucket:
+    def bind(self, index: int) -> Bound:
+        """A bucket's launches with addresses; kernels are loaded at their first use."""
         if index not in self.bound:
-            bucket, packed = self.plan.buckets[index], self.where.inputs[index]
+            bucket = self.plan.buckets[index]
 
             def address(name: str) -> int:
-                if name in bucket.offsets:
-                    return self.arena + bucket.offsets[name]
-                if name in packed.offsets:
-                    return self.inputs + packed.offsets[name]
-                if name in self.states.offsets:
-                    return self.kv + self.states.offsets[name]
-                if is_table(name):
-                    return self.tables + self.where.tables.offsets[f"{bucket.function}/{name}"]
-                return self.weights + self.where.weights.offsets[name]
+                return self._address(index, name)
 
-            self.bound[index] = BoundBucket(bucket, self.kernels, address, self.stream)
+            self.bound[index] = Bound(
+                bucket,
+                BoundLaunches(bucket.launches, self.kernels, address, self.stream),
+                BoundLaunches(bucket.sampling, self.kernels, address, self.stream),
+            )
         return self.bound[index]
 
-    def run(self, bucket: int, inputs: Arrays, rows: int) -> int:
-        """Stage and send the inputs, run the bucket, send back the first ``rows`` rows of logits."""
-        bound, handle = self._bind(bucket), self.runs
-        self.runs += 1
-        flight = self.flights[handle % FLIGHTS]
-        call("cuEventSynchronize", flight.event)
-        self._send(bound, self.where.inputs[bucket], inputs, flight)
-        bound.run()
-        self._receive(bound, flight, rows)
-        call("cuEventRecord", flight.event, self.stream)
-        return handle
+    def _address(self, index: int, name: str) -> int:
+        """Where a bucket's launches find a value."""
+        bucket, packed = self.plan.buckets[index], self.where.inputs[index]
+        if name in bucket.offsets:
+            return self.arena + bucket.offsets[name]
+        if name in packed.offsets:
+            return self.inputs + packed.offsets[name]
+        if name in self.states.offsets:
+            return self.kv + self.states.offsets[name]
+        if name in self.where.persistent.offsets:
+            return self.persistent + self.where.persistent.offsets[name]
+        if is_table(name):
+            return self.tables + self.where.tables.offsets[f"{bucket.function}/{name}"]
+        return self.weights + self.where.weights.offsets[name]
 
-    def _send(self, bound: BoundBucket, packed: Region, inputs: Arrays, flight: _Flight) -> None:
+    def run(self, bucket: int, inputs: Arrays, draw: bool, rows: int) -> int:
+        """Stage and send the inputs, run the bucket, send back what it drew and the first ``rows`` rows of logits."""
+        bound = self.bind(bucket)
+        flight = self.idle.pop() if self.idle else Flight(self.where.packed_bytes, self.where.tables.size)
+        flight.send(self.where.inputs[bucket], self.inputs, inputs, self.stream)
         for name, value in inputs.items():
             if is_table(name):
-                self._send_table(f"{bound.bucket.function}/{name}", value, self.plan.inputs[name].shape[1], flight)
-                continue
-            data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-            at = packed.offsets[name]
-            flight.inputs.array[at : at + len(data)] = data
-        call("cuMemcpyHtoDAsync", self.inputs, flight.inputs.address, packed.size, self.stream)
+                at = self.where.tables.offsets[f"{bound.bucket.function}/{name}"]
+                flight.send_table(at, self.tables + at, value, bound.bucket.inputs[name].shape[1], self.stream)
+        bound.forward.run()
+        if draw:
+            bound.sampling.run()
+        sampled, logits = bound.bucket.sampled, bound.bucket.logits
+        flight.receive(
+            (sampled, self._address(bucket, sampled.name) + sampled.offset),
+            (logits, self._address(bucket, logits.name) + logits.offset),
+            rows,
+            self.stream,
+        )
+        self.runs += 1
+        self.flying[self.runs] = flight
+        return self.runs
 
-    def _send_table(self, name: str, table: npt.NDArray[Any], width: int, flight: _Flight) -> None:
-        """The used columns of a block table."""
-        at = self.where.tables.offsets[name]
-        size = table.nbytes
-        flight.tables.array[at : at + size] = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
-        copy = cu.CUDA_MEMCPY2D()
-        copy.srcMemoryType = cu.CUmemorytype.CU_MEMORYTYPE_HOST
-        copy.srcHost = flight.tables.address + at
-        copy.srcPitch = table.shape[1] * table.itemsize
-        copy.dstMemoryType = cu.CUmemorytype.CU_MEMORYTYPE_DEVICE
-        copy.dstDevice = self.tables + at
-        copy.dstPitch = width * table.itemsize
-        copy.WidthInBytes = table.shape[1] * table.itemsize
-        copy.Height = table.shape[0]
-        call("cuMemcpy2DAsync", copy, self.stream)
-
-    def _receive(self, bound: BoundBucket, flight: _Flight, rows: int) -> None:
-        view = bound.bucket.logits
-        size = dtype_bytes(view.dtype)
-        pitch = view.strides[0]
-        address = self.arena + bound.bucket.offsets[view.name] + view.offset
-        if rows:
-            call("cuMemcpyDtoHAsync", flight.logits.address, address, rows * pitch * size, self.stream)
-        raw = flight.logits.array[: rows * pitch * size].view(numpy_dtype(view.dtype))
-        flight.result = raw.reshape(rows, pitch)[:, : view.shape[1]]
-
-    def logits(self, handle: int) -> FloatArray:
-        """Wait for a run; its logits in float32. Raises ExecutorError when the device failed."""
-        if not self.runs - FLIGHTS <= handle < self.runs:
-            raise ValueError(f"run {handle} is not in flight")
-        flight = self.flights[handle % FLIGHTS]
-        call("cuEventSynchronize", flight.event)
-        assert flight.result is not None
-        return flight.result.astype(np.float32)
+    def result(self, handle: int) -> tuple[IntArray, FloatArray]:
+        """Wait for a run, once: drawn tokens and logits. Raises ExecutorError when the device failed."""
+        flight = self.flying.pop(handle)
+        found = flight.take()
+        self.idle.append(flight)
+        return found
 
     def _blocks(self, group: StateGroup) -> list[tuple[int, int]]:
         """Address and block bytes of each state of a group."""
@@ -214,15 +197,16 @@ class GpuBackend:
         call("cuStreamSynchronize", self.stream)
 
     def close(self) -> None:
-        """Free everything; idempotent. A device that failed is left to the driver."""
+        """Free everything; idempotent."""
         if not self.memory:
             return
         memory, self.memory = self.memory, []
         call("cuStreamSynchronize", self.stream)
         for bound in self.bound.values():
-            bound.close()
+            bound.forward.close()
+            bound.sampling.close()
         self.kernels.close()
-        for flight in self.flights:
+        for flight in (*self.idle, *self.flying.values()):
             flight.close()
         for address in memory:
             call("cuMemFree", address)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from cuda.bindings import driver as cu  # type: ignore[import-untyped]
 
-from llmopt.launch import Bucket, Cubin, Launch, Pointer, Scalar, TensorMap
+from llmopt.launch import Cubin, Launch, Pointer, Scalar, TensorMap
 from llmopt.program import dtype_bytes
 from llmopt.runtime.executors.cuda.driver import call
 
@@ -139,14 +139,14 @@ def tensor_map(arg: TensorMap, base: int) -> list[bytes]:
     return [words.tobytes(), *extents, *(np.int64(s // size).tobytes() for s in arg.strides)]
 
 
-class BoundBucket:
-    """A bucket's launches at fixed addresses; ``capture`` turns them into one graph."""
+class BoundLaunches:
+    """Launches at fixed addresses, in order; ``capture`` turns them into one graph."""
 
-    def __init__(self, bucket: Bucket, kernels: Kernels, address: Address, stream: Any) -> None:
-        self.bucket, self.stream = bucket, stream
+    def __init__(self, launches: Sequence[Launch], kernels: Kernels, address: Address, stream: Any) -> None:
+        self.stream = stream
         self.launches = [
             BoundLaunch(launch, kernels.cubins[launch.kernel], kernels.get(launch.kernel), address, stream)
-            for launch in bucket.launches
+            for launch in launches
         ]
         self.graph: Any = None
 
@@ -162,7 +162,7 @@ class BoundBucket:
         call("cuGraphUpload", self.graph, self.stream)
 
     def run(self) -> None:
-        """Enqueue the bucket's work."""
+        """Enqueue the work."""
         if self.graph is not None:
             call("cuGraphLaunch", self.graph, self.stream)
             return

@@ -59,24 +59,31 @@ def is_table(name: str) -> bool:
 
 
 def tables_region(plan: LaunchPlan) -> Region:
-    """A block table for each function and group: a step of one function leaves the other's alone."""
-    region = Region()
-    for function in dict.fromkeys(b.function for b in plan.buckets):
-        for name, view in plan.inputs.items():
+    """A block table for each function and group at its largest: a step of one function leaves the other's alone."""
+    sizes: dict[str, int] = {}
+    for bucket in plan.buckets:
+        for name, view in bucket.inputs.items():
             if is_table(name):
-                region.add(f"{function}/{name}", view_bytes(view))
-    return region
+                key = f"{bucket.function}/{name}"
+                sizes[key] = max(sizes.get(key, 0), view_bytes(view))
+    return region_of(sizes)
 
 
-def inputs_region(program: Program, bucket: Bucket) -> Region:
+def inputs_region(bucket: Bucket) -> Region:
     """The bucket's other inputs, packed so that one copy brings them all."""
-    function = program.functions[bucket.function]
-    states = {spec.input for group in program.states.groups for spec in group.states}
+    return region_of({name: view_bytes(view) for name, view in bucket.inputs.items() if not is_table(name)})
+
+
+def persistent_region(plan: LaunchPlan) -> Region:
+    """Buffers that outlive steps, states apart."""
+    return region_of({name: view_bytes(view) for name, view in plan.persistent.items()})
+
+
+def region_of(sizes: Mapping[str, int]) -> Region:
+    """Buffers in order."""
     region = Region()
-    for name in function.inputs:
-        if name not in states and not is_table(name):
-            kind = function.types[name]
-            region.add(name, math.prod(eval_shape(kind.shape, bucket.dims)) * dtype_bytes(kind.dtype))
+    for name, size in sizes.items():
+        region.add(name, size)
     return region
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.errors import ExecutorError
-from llmopt.launch import LaunchPlan, View
+from llmopt.launch import Bucket, LaunchPlan
 from llmopt.program import StatePlan
 from llmopt.runtime.protocol import IntArray, SeqStep, StepBatch
 from llmopt.runtime.ragged import ragged_inputs
@@ -100,32 +100,35 @@ def logits_of(row: SeqStep) -> int:
 
 
 def padded_inputs(
-    part: Part, dims: dict[str, int], inputs: dict[str, View], plan: StatePlan, last_token: Callable[[int], int]
+    part: Part, bucket: Bucket, plan: StatePlan, last_token: Callable[[int], int], slots: Mapping[int, int]
 ) -> tuple[Arrays, list[IntArray]]:
     """The part's inputs at the bucket's extents, and the logits rows of each of its rows.
 
     Rows past the real ones have slot -1 (not written); sequences past them have no rows and length 0. In a decode
-    bucket every row gives logits, row i sequence i's.
+    bucket every row gives logits, row i sequence i's. ``last_token``: id of a row's last token, or below zero where
+    the device has it. ``slots``: sequences whose token the device draws, with their place.
     """
     arrays, wanted = ragged_inputs(StepBatch(part.rows), plan, last_token)
-    decode = all(row.query_len == 1 for row in part.rows) and dims["T"] == dims["N"]
-    if decode:
+    dims = bucket.dims
+    if bucket.function == "decode":
         arrays["logit_rows"] = np.arange(dims["M"], dtype=np.int64)
         wanted = [np.array([i]) for i in range(len(part.rows))]
-    rows, count = dims["T"], dims["N"]
+    drawing = np.full(dims["M"], -1, np.int32)
+    for row, index in zip(part.rows, wanted):
+        if row.sample and row.seq_id in slots:
+            drawing[index[-1]] = slots[row.seq_id]
+    arrays["sample_slots"] = drawing
     found: Arrays = {}
-    for name, value in arrays.items():
-        if name not in inputs:
-            continue
-        if name == "cu_seqlens":
-            found[name] = np.concatenate((value, np.full(count + 1 - len(value), value[-1], value.dtype)))
-        elif name.startswith("slot_mapping_"):
-            found[name] = np.concatenate((value, np.full(rows - len(value), -1, value.dtype)))
-        elif name.startswith("block_table_"):
+    for name, view in bucket.inputs.items():
+        value = arrays[name]
+        if name.startswith("block_table_"):
             found[name] = value
-        elif name in ("input_ids", "position_ids", "rope_lens"):
-            found[name] = np.concatenate((value, np.zeros((1, rows - value.shape[1]), value.dtype)), axis=1)
-        else:
-            extent = dims["M"] if name == "logit_rows" else count
-            found[name] = np.concatenate((value, np.zeros(extent - len(value), value.dtype)))
+            continue
+        padded = np.zeros(view.shape, value.dtype)
+        if name.startswith("slot_mapping_"):
+            padded.fill(-1)
+        elif name == "cu_seqlens":
+            padded.fill(value[-1])
+        padded[..., : value.shape[-1]] = value
+        found[name] = padded
     return found, wanted
