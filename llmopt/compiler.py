@@ -24,6 +24,7 @@ from llmopt.lower.readers import readers
 from llmopt.program import Program
 from llmopt.recipe import Recipe
 from llmopt.registry import load_target
+from llmopt.runtime.chat import check_chat_template
 from llmopt.target import BuildContext, Target, TargetFiles
 
 
@@ -79,6 +80,7 @@ def compile_checkpoint(
     target = load_target(recipe.target)
     context = pass_context(target, recipe)
     checkpoint = load_checkpoint(path)
+    check_chat_template(checkpoint.tokenizer_files)
     captured = capture(checkpoint, recipe.torch_dtype, options.max_context or recipe.max_context)
     watch.lap("capture")
     checker = PassChecker() if options.check_passes else None
@@ -115,6 +117,7 @@ def compile_checkpoint(
         "seconds": watch.seconds,
         "passes": [asdict(r) for r in records],
         "checkpoint": str(path.resolve()),
+        "target": dict(files.log),
     }
     log["drifts"] = [asdict(d) for d in checker.drifts] if checker else None
     destination.with_name(destination.name + ".build.json").write_text(json.dumps(log, indent=1) + "\n")

@@ -62,6 +62,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], int, tuple[str, ...]]] = {
     "architecture": (lambda c: edit_config(c, model_type="telepathy"), 5, ("telepathy",)),
     "auto_map": (lambda c: edit_config(c, auto_map={"AutoModel": "evil.Model"}), 4, ("auto_map",)),
     "not JSON": (lambda c: (c / "config.json").write_text("{"), 4, ("config.json",)),
+    "chat template": (
+        lambda c: (c / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}"),
+        4,
+        ("chat_template.jinja",),
+    ),
     "pickle": (lambda c: (c / SHARD).rename(c / "pytorch_model.bin"), 4, ("pickle", "safetensors")),
 }
 
