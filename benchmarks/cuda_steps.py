@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 for hidden in ("torch", "triton"):
     sys.modules[hidden] = None  # type: ignore[assignment]
 
+import itertools
+
 import numpy as np  # noqa: E402
-from cuda.bindings import driver as cu  # noqa: E402
 
 from llmopt.artifact import Artifact  # noqa: E402
 from llmopt.runtime.executors.cuda import CudaExecutor, load  # noqa: E402
@@ -91,7 +92,7 @@ def graph_seconds(executor: CudaExecutor, batch: int, repeat: int = 20) -> list[
         bound.run()
         call("cuEventRecord", event, backend.stream)
     call("cuEventSynchronize", events[-1])
-    return [call("cuEventElapsedTime", a, b) / 1e3 for a, b in zip(events, events[1:])]
+    return [call("cuEventElapsedTime", a, b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
 def main() -> None:

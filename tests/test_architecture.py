@@ -123,3 +123,12 @@ def test_every_contract_has_its_violation():
 
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
     assert sorted(c["name"] for c in contracts) == sorted(contract for _, contract in VIOLATIONS.values())
+
+
+def test_every_test_called_heavy_exists():
+    from tests.conftest import HEAVY
+
+    for file, names in HEAVY.items():
+        (path,) = (ROOT / "tests").rglob(file)
+        text = path.read_text("utf-8")
+        assert [name for name in names if f"def {name}(" not in text] == []

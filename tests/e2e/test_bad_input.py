@@ -65,7 +65,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], int, tuple[str, ...]]] = {
     "chat template": (
         lambda c: (c / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}"),
         4,
-        ("chat_template.jinja",),
+        ("chat template", "sandbox"),
     ),
     "pickle": (lambda c: (c / SHARD).rename(c / "pytorch_model.bin"), 4, ("pickle", "safetensors")),
 }
