@@ -1,7 +1,7 @@
 """Times of a cuda artifact's steps, with torch and Triton hidden: python benchmarks/cuda_steps.py ARTIFACT --batch 1,8
 
-For each batch size: prompts prefilled, then decode steps through the executor (host sampling included) and the decode
-graph alone by device events; for each prefill length, submit to collect. Appends a row each to a JSONL file.
+For each batch size: prompts prefilled, then greedy decode steps through the executor (the host one step ahead) and the
+decode graphs alone by device events; for each prefill length, submit to collect. Appends a row each to a JSONL file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 for hidden in ("torch", "triton"):
     sys.modules[hidden] = None  # type: ignore[assignment]
 
-import itertools
+import itertools  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -63,16 +64,24 @@ class Sequences:
         self.lengths[seq_id] = length
         return time.perf_counter() - start
 
-    def decode(self) -> float:
-        """Seconds of one step over all sequences."""
+    def decode(self, steps: int) -> list[float]:
+        """Seconds between the ends of steps over all sequences, the host one step ahead."""
+        tickets = [self._submit()]
+        ends = [time.perf_counter()]
+        for number in range(steps):
+            if number + 1 < steps:
+                tickets.append(self._submit())
+            self.executor.collect(tickets[number])
+            ends.append(time.perf_counter())
+        return [b - a for a, b in pairwise(ends)]
+
+    def _submit(self) -> int:
         rows = []
         for seq_id, length in self.lengths.items():
             self.allocator.extend(seq_id, length + 1)
             rows.append(SeqStep(seq_id, None, length, self.allocator.table(seq_id, length + 1), sample=True))
             self.lengths[seq_id] = length + 1
-        start = time.perf_counter()
-        self.executor.collect(self.executor.submit(StepBatch(tuple(rows))))
-        return time.perf_counter() - start
+        return self.executor.submit(StepBatch(tuple(rows)))
 
     def release(self) -> None:
         """Drop every sequence."""
@@ -89,10 +98,11 @@ def graph_seconds(executor: CudaExecutor, batch: int, repeat: int = 20) -> list[
     events = [call("cuEventCreate", 0) for _ in range(repeat + 1)]
     call("cuEventRecord", events[0], backend.stream)
     for event in events[1:]:
-        bound.run()
+        bound.forward.run()
+        bound.sampling.run()
         call("cuEventRecord", event, backend.stream)
     call("cuEventSynchronize", events[-1])
-    return [call("cuEventElapsedTime", a, b) / 1e3 for a, b in itertools.pairwise(events)]
+    return [call("cuEventElapsedTime", a, b) / 1e3 for a, b in pairwise(events)]
 
 
 def main() -> None:
@@ -133,7 +143,7 @@ def main() -> None:
     for batch in batches:
         for seq_id in range(batch):
             work.prefill(seq_id, options.prompt)
-        times = [work.decode() for _ in range(options.steps)][3:]
+        times = work.decode(options.steps)[3:]
         rows.append({**base, "what": "step", "batch": batch, "prompt": options.prompt, **percentiles(times)})
         print(json.dumps(rows[-1]), flush=True)
         found = percentiles(graph_seconds(executor, batch)[2:])

@@ -49,7 +49,8 @@ class Flight:
 
     def receive(self, tokens: tuple[View, int], logits: tuple[View, int], rows: int, stream: Any) -> None:
         """Copy drawn tokens and ``rows`` rows of logits back (views with their addresses); mark the run's end."""
-        self.results = [self._fetch("tokens", *tokens, tokens[0].shape[0], stream)]
+        self.results.clear()  # views of the buffers, which may be replaced now
+        self.results.append(self._fetch("tokens", *tokens, tokens[0].shape[0], stream))
         self.results.append(self._fetch("logits", *logits, rows, stream))
         call("cuEventRecord", self.event, stream)
 
@@ -57,7 +58,6 @@ class Flight:
         pitch, size = view.strides[0], rows * view.strides[0] * dtype_bytes(view.dtype)
         buffer: Pinned = getattr(self, name)
         if len(buffer.array) < size:
-            self.results.clear()
             buffer.close()
             buffer = Pinned(size)
             setattr(self, name, buffer)
