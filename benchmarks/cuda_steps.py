@@ -20,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 for hidden in ("torch", "triton"):
     sys.modules[hidden] = None  # type: ignore[assignment]
 
-import itertools  # noqa: E402
-
 import numpy as np  # noqa: E402
 
 from llmopt.artifact import Artifact  # noqa: E402

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmopt.program import Function, OpCall, Ref, TensorType
+from llmopt.program import Arg, Function, OpCall, Ref, TensorType
 
 FEED, GREEDY = "llmopt.feed_tokens", "llmopt.greedy"
 LAST, SLOTS, DRAWN, FED = "last_tokens", "sample_slots", "sampled", "fed_ids"
@@ -41,7 +41,7 @@ def with_feedback(function: Function, slots: int) -> Function:
     )
 
 
-def fed(arg: object) -> object:
+def fed(arg: Arg) -> Arg:
     """An argument that read the ids as sent now reads them as fed."""
     if isinstance(arg, tuple):
         return tuple(fed(item) for item in arg)
