@@ -1,7 +1,7 @@
-"""Times of a cuda artifact's steps, with torch and Triton hidden: python benchmarks/cuda_steps.py ARTIFACT --batch 1,8
+"""Times of a cuda artifact's steps, with torch and Triton hidden: python benchmarks/cuda_steps.py ARTIFACT
 
-For each batch size: prompts prefilled, then greedy decode steps through the executor (the host one step ahead) and the
-decode graphs alone by device events; for each prefill length, submit to collect. Appends a row each to a JSONL file.
+For each batch x prompt: prompts prefilled, then greedy decode steps through the executor (the host one step ahead) and the
+decode graphs alone by device events. Appends a row each to a JSONL file.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from datetime import date
@@ -23,6 +24,7 @@ for hidden in ("torch", "triton"):
 import numpy as np  # noqa: E402
 
 from llmopt.artifact import Artifact  # noqa: E402
+from llmopt.report.traffic import step_bytes  # noqa: E402
 from llmopt.runtime.executors.cuda import CudaExecutor, load  # noqa: E402
 from llmopt.runtime.executors.cuda.driver import call  # noqa: E402
 from llmopt.runtime.protocol import Admission, SamplingParams, SeqStep, StepBatch  # noqa: E402
@@ -103,55 +105,78 @@ def graph_seconds(executor: CudaExecutor, batch: int, repeat: int = 20) -> list[
     return [call("cuEventElapsedTime", a, b) / 1e3 for a, b in pairwise(events)]
 
 
+def describe(artifact: Artifact, executor: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """What every row says of the machine and the build."""
+    return {
+        "date": date.today().isoformat(),
+        "commit": options.commit,
+        "machine": executor.backend.device.name,
+        "driver": executor.backend.device.driver,
+        "cores": os.cpu_count(),
+        "model": options.artifact.name,
+        "target": artifact.manifest.target,
+        "recipe": artifact.manifest.dtype,
+        "triton": artifact.manifest.notes["triton"],
+        "bandwidth_gb_s": options.bandwidth,
+    }
+
+
+def measure(work: Sequences, artifact: Artifact, batch: int, prompt: int, options: Any) -> dict[str, Any]:
+    """One row: time to the first token of one prompt, time of a step of ``batch`` such sequences, and of its graphs."""
+    times = []
+    for _ in range(4):
+        times.append(work.prefill(0, prompt))
+        work.release()
+    for seq_id in range(batch):
+        work.prefill(seq_id, prompt)
+    step = percentiles(work.decode(options.steps)[3:])
+    graph = percentiles(graph_seconds(work.executor, batch)[2:])
+    work.release()
+    read = step_bytes(artifact.program, batch, prompt + options.steps // 2)
+    floor = read / options.bandwidth / 1e6
+    free, total = work.executor.backend.device.free_bytes()  # type: ignore[attr-defined]
+    return {
+        "batch": batch,
+        "prompt_len": prompt,
+        "gen_len": options.steps,
+        "ttft_ms": percentiles(times[1:])["ms"],
+        **step,
+        "graph_ms": graph["ms"],
+        "tok_s": round(batch / step["ms"] * 1e3, 1),
+        "step_mb": round(read / 1e6, 2),
+        "gb_s": round(read / step["ms"] / 1e6, 1),
+        "floor_ms": round(floor, 3),
+        "floor_percent": round(100 * floor / step["ms"], 1),
+        "peak_bytes": total - free,
+    }
+
+
 def main() -> None:
     """Measure and append rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--batch", default="1,8,32,128,256")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--ttft", default="128,2048,8000")
+    parser.add_argument("--shapes", default="1x128,1x512,1x2048,1x8000,8x512,32x512,128x512,256x512")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--context", type=int)
+    parser.add_argument("--bandwidth", type=float, default=4390.0, help="GB/s a GEMV reads on this GPU")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/rows/cuda.jsonl"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     artifact = Artifact.open(options.artifact)
-    batches = [int(b) for b in options.batch.split(",")]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     start = time.perf_counter()
-    executor = load(artifact, LoadOptions("cuda", max_sequences=max(batches), max_context=options.context))
-    base = {
-        "date": date.today().isoformat(),
-        "commit": options.commit,
-        "gpu": getattr(executor.backend, "device").name,  # noqa: B009
-        "driver": getattr(executor.backend, "device").driver,  # noqa: B009
-        "model": options.artifact.name,
-        "triton": artifact.manifest.notes["triton"],
-        "load_s": round(time.perf_counter() - start, 3),
-    }
-    rows: list[dict[str, Any]] = []
+    executor = load(artifact, LoadOptions("cuda", max_sequences=max(batch for batch, _ in shapes)))
+    load_s = round(time.perf_counter() - start, 3)
     work = Sequences(executor)
-    for length in (int(n) for n in options.ttft.split(",") if n):
-        times = []
-        for _ in range(4):
-            times.append(work.prefill(0, length))
-            work.release()
-        rows.append({**base, "what": "ttft", "prompt": length, **percentiles(times[1:])})
-        print(json.dumps(rows[-1]), flush=True)
-    for batch in batches:
-        for seq_id in range(batch):
-            work.prefill(seq_id, options.prompt)
-        times = work.decode(options.steps)[3:]
-        rows.append({**base, "what": "step", "batch": batch, "prompt": options.prompt, **percentiles(times)})
-        print(json.dumps(rows[-1]), flush=True)
-        found = percentiles(graph_seconds(executor, batch)[2:])
-        rows.append({**base, "what": "graph", "batch": batch, "prompt": options.prompt, **found})
-        print(json.dumps(rows[-1]), flush=True)
-        work.release()
-    executor.close()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        for batch, prompt in shapes:
+            row = {**describe(artifact, executor, options), **measure(work, artifact, batch, prompt, options)}
+            row["load_s"] = load_s
+            file.write(json.dumps(row) + "\n")
+            keys = ("model", "batch", "prompt_len", "ttft_ms", "ms", "graph_ms", "floor_percent", "load_s")
+            print(*(f"{key}={row[key]}" for key in keys), flush=True)
+    executor.close()
 
 
 if __name__ == "__main__":
