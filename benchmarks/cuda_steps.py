@@ -1,7 +1,7 @@
 """Times of a cuda artifact's steps, with torch and Triton hidden: python benchmarks/cuda_steps.py ARTIFACT
 
-For each batch x prompt: prompts prefilled, then greedy decode steps through the executor (the host one step ahead) and the
-decode graphs alone by device events. Appends a row each to a JSONL file.
+For each batch x prompt: prompts prefilled, then greedy decode steps through the executor (the host one step ahead),
+and the decode graphs alone by device events. Appends a row each to a JSONL file.
 """
 
 from __future__ import annotations
