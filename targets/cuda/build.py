@@ -18,6 +18,11 @@ from .kernel import Kernel, Specialization
 from .options import CudaOptions
 from .plan import BucketPlan, dense, place, plan_bucket, view
 from .select import Selector, discover
+from .tuning import load_tuning
+
+
+PLACES = 4
+"""Places for last tokens, times the largest batch: places are free again only when a step has been collected."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,14 @@ def plan_arch(program: Program, arch: int, options: CudaOptions, kernels: tuple[
     select = Selector(kernels)
     plans = []
     for function, dims in buckets(program, options):
-        plans.append(plan_bucket(program, function, dims, arch, select, {}))
+        plans.append(plan_bucket(program, function, dims, arch, select, load_tuning(arch)))
     return ArchPlan(arch, tuple(plans))
 
 
 def buckets(program: Program, options: CudaOptions) -> Iterator[tuple[Function, dict[str, int]]]:
     """Each function with the extents of each of its buckets; no bucket is larger than the program allows."""
     fixed = {name: high for name, (_, high) in program.dims.items() if name.startswith(("W_", "B_"))}
-    places = max(*options.decode_buckets, *options.extend_sequences)
+    places = PLACES * max(*options.decode_buckets, *options.extend_sequences)
     decode, extend = (with_feedback(program.functions[name], places) for name in ("decode", "extend"))
     for count in options.decode_buckets:
         yield decode, {**fixed, "T": count, "N": count, "M": count}

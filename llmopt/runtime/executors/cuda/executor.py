@@ -26,6 +26,11 @@ from llmopt.runtime.protocol import (
 from llmopt.runtime.sampler import HostSampler
 
 
+PLACES = 3
+"""Places for last tokens a sequence: a step that admits as many as it releases, while the step before it, which did
+the same, is still on its way."""
+
+
 class Backend(Protocol):
     """What runs a bucket: the GPU, or in tests an interpreter. ``blocks``: blocks allocated by state group."""
 
@@ -83,10 +88,10 @@ class CudaExecutor:
         self.program, self.plan, self.backend = program, plan, backend
         self.state_plan = program.states
         self.buckets = Buckets(plan)
-        places = min(sequences, self.buckets.max_parts, plan.persistent["last_tokens"].shape[0])
+        places = plan.persistent["last_tokens"].shape[0]
         self.limits = ExecutorLimits(
             max_context=context,
-            max_sequences=places,
+            max_sequences=min(sequences, self.buckets.max_parts, places // PLACES),
             max_tokens_per_step=self.buckets.max_rows,
             blocks=dict(backend.blocks),
             vocab_size=program.vocab_size,
@@ -94,7 +99,7 @@ class CudaExecutor:
             steps_in_flight=2,
         )
         self.sampler = HostSampler(program.vocab_size)
-        self.free = list(range(plan.persistent["last_tokens"].shape[0]))[::-1]
+        self.free = list(range(places))[::-1]
         self.slots: dict[int, int] = {}
         self.on_device: set[int] = set()
         self.swapped: dict[tuple[str, int], list[npt.NDArray[np.uint8]]] = {}

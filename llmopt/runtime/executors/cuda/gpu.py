@@ -25,6 +25,10 @@ from llmopt.runtime.executors.cuda.staging import Flight
 from llmopt.runtime.executors.cuda.steps import Arrays
 from llmopt.runtime.protocol import FloatArray, IntArray
 
+CAPTURE_AT = 3
+"""Run at which an extend bucket becomes a graph. On an H200 the graph of 25 launches saves 27 us of 500 and the host
+125 us a run, and takes some 2 ms to make: not worth it for a bucket that one odd prompt length runs once."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -53,13 +57,19 @@ def layout(plan: LaunchPlan, weights: Region) -> Layout:
     return Layout(weights, tables_region(plan), persistent_region(plan), packed, align(plan.arena_bytes))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bound:
-    """A bucket at its addresses: the forward launches, and those that draw tokens."""
+    """A bucket at its addresses: the forward launches, and those that draw tokens; ``runs`` so far."""
 
     bucket: Bucket
     forward: BoundLaunches
     sampling: BoundLaunches
+    runs: int = 0
+
+    def capture(self) -> None:
+        """One graph for each of the two."""
+        self.forward.capture()
+        self.sampling.capture()
 
 
 class GpuBackend:
@@ -102,9 +112,7 @@ class GpuBackend:
     def capture(self, buckets: list[int]) -> None:
         """Graphs for buckets."""
         for index in buckets:
-            bound = self.bind(index)
-            bound.forward.capture()
-            bound.sampling.capture()
+            self.bind(index).capture()
         call("cuStreamSynchronize", self.stream)
 
     def bind(self, index: int) -> Bound:
@@ -146,6 +154,9 @@ class GpuBackend:
             if is_table(name):
                 at = self.where.tables.offsets[f"{bound.bucket.function}/{name}"]
                 flight.send_table(at, self.tables + at, value, bound.bucket.inputs[name].shape[1], self.stream)
+        bound.runs += 1
+        if bound.runs == CAPTURE_AT and bound.forward.graph is None:
+            bound.capture()
         bound.forward.run()
         if draw:
             bound.sampling.run()

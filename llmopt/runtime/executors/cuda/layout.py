@@ -119,13 +119,12 @@ def size_blocks(states: StatePlan, budget: Budget, sequences: int, context: int)
     least = sum(g.blocks_for(context) * block_bytes[g.name] for g in states.groups)
     fixed = budget.weights + budget.arena + budget.inputs + KEEP_FREE
     room = budget.free - fixed
-    asked = least if budget.kv_bytes is None else max(least, budget.kv_bytes)
-    if room < asked:
-        raise too_large(budget, fixed, asked)
+    if budget.kv_bytes is not None and budget.kv_bytes < least:
+        what = f"{budget.kv_bytes / GB:.3f} GB of KV hold less than one sequence of {context} tokens"
+        raise ResourceError(f"{what} ({least / GB:.3f} GB)", hint="raise kv_bytes, or lower --max-context")
     limit = room if budget.kv_bytes is None else budget.kv_bytes
-    if limit < least:
-        what = f"kv_bytes {limit / GB:.3f} GB hold less than one sequence of {context} tokens ({least / GB:.3f} GB)"
-        raise ResourceError(what, hint="raise it, or lower --max-context")
+    if room < max(least, limit):
+        raise too_large(budget, fixed, max(least, limit))
     total = sum(wanted[name] * block_bytes[name] for name in wanted)
     if total <= limit:
         return wanted
