@@ -20,7 +20,6 @@ from .plan import BucketPlan, dense, place, plan_bucket, view
 from .select import Selector, discover
 from .tuning import load_tuning
 
-
 PLACES = 4
 """Places for last tokens, times the largest batch: places are free again only when a step has been collected."""
 

@@ -48,6 +48,14 @@ def pdl_release(PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch(at, mask, PDL: tl.constexpr):
+    """Ask L2 for the 128-byte lines that hold the pointers ``at``: weights may be fetched before ``pdl_wait``."""
+    if PDL and not INTERPRETED:
+        safe = tl.where(mask, at, tl.min(at.to(tl.int64)).to(at.dtype))
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [safe], tl.int32, False, 1)
+
+
+@triton.jit
 def tanh(x):
     """fp32 tanh by one exponential; near zero, where that cancels, by its series."""
     a = tl.abs(x)

@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from ..kernel import CallSite, Scratch, Selection
-from ._common import BANDWIDTH, LAUNCH_US, LOG2E, SM_COUNT, cdiv, launch, nbytes, pdl_release, pdl_wait, pow2, tanh
+from ..kernel import CallSite, Scratch, Selection, TmaOperand
+from ._common import (
+    BANDWIDTH,
+    LAUNCH_US,
+    LOG2E,
+    SM_COUNT,
+    cdiv,
+    launch,
+    nbytes,
+    pdl_release,
+    pdl_wait,
+    pow2,
+    prefetch,
+    tanh,
+)
 
 
 @triton.jit
 def attention(
-    q, k_state, v_state, table, cu, lens, sinks, out, partial, stats, counter,
+    q, k_state, v_state, k_map, v_map, table, cu, lens, sinks, out, partial, stats, counter,
     N: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     S: tl.constexpr, Q_HEAD: tl.constexpr, Q_ROW: tl.constexpr, scale: tl.constexpr, window: tl.constexpr,
     softcap: tl.constexpr, sink_tokens: tl.constexpr, RING: tl.constexpr, DECODE: tl.constexpr,
-    TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    PN: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, LINES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BDV: tl.constexpr, PN: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (T, H, DV) of q (H, T, D) over states (B, HK, S, D), (B, HK, S, DV); see llmopt.cached_attention.
 
-    Grid (tiles of TILE rows of one sequence, HK, SPLITS). A tile holds all H / HK heads that share keys (BM ≥ TILE
-    · H / HK lines), so that keys are read once for them. Softmax is online, in base 2. With SPLITS > 1 the keys are
-    divided; each part leaves its sums, and the last to come merges them by their log-sum-exp.
+    Grid (tiles of TILE rows of one sequence, HK, SPLITS). A tile holds all H / HK heads that share keys (TILE ·
+    H / HK lines, LINES padded, of BM), so that keys are read once for them. Softmax is online, in base 2. With
+    SPLITS > 1 the keys are divided; each part leaves its sums, and the last to come merges them by their log-sum-exp,
+    CHUNK at a time.
+    ``k_map``, ``v_map``: descriptors over the states as rows, for blocks that hold whole key tiles; else pointers.
     Floor: the keys and values of each sequence once, or 4·rows·keys·H·D operations.
+
+    Lengths, bounds and tables are step inputs, in place before the step's first kernel starts: they are read, and
+    the first keys fetched into L2, before the wait for the kernel that writes q.
     """
     G: tl.constexpr = H // HK
     head = tl.program_id(1)
     split = tl.program_id(2)
     pdl_release(PDL)
-    pdl_wait(PDL)
     if DECODE:
         tile = tl.program_id(0)
         sequence = tile
@@ -45,101 +62,168 @@ def attention(
         starts = tl.load(cu + i, mask=i < N, other=0)
         stops = tl.load(cu + i + 1, mask=i < N, other=0)
         tiles = (stops - starts + TILE - 1) // TILE
-        sequence = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32))
+        sequence = tl.sum(((tl.cumsum(tiles, 0) <= tile) & (i < N)).to(tl.int32))
         before = tl.sum(tl.where(i < sequence, tiles, 0))
         found = sequence < N
         sequence = tl.where(found, sequence, 0)
         row0 = tl.load(cu + sequence) + (tile - before) * TILE
         stop = tl.where(found, tl.load(cu + sequence + 1), row0)
         length = tl.load(lens + sequence)
-    line = tl.arange(0, BM)
-    row = row0 + line // G
-    ok = (line // G < TILE) & (row < stop)
-    position = length - stop + row
+    first = length - stop + row0  # position of the tile's first row
     top = tl.minimum(row0 + TILE, stop) - stop + length  # keys that the tile's last row sees
+    skipped = 0
+    kept = 0
+    full = 0
     if RING:
         top = tl.minimum(length, S)
-        skipped = 0
-        kept = 0
     elif window > 0:
         kept = (sink_tokens + BN - 1) // BN
-        skipped = tl.maximum(tl.maximum(length - stop + row0 - window + 1, 0) // BN - kept, 0)
+        skipped = tl.maximum(tl.maximum(first - window + 1, 0) // BN - kept, 0)
         kept = tl.minimum(kept, tl.cdiv(top, BN))
     else:
-        skipped = 0
-        kept = 0
+        full = (first + 1) // BN  # key tiles that every row sees whole
     blocks = tl.where(row0 < stop, tl.maximum(tl.cdiv(top, BN) - skipped, 0), 0)
     share = tl.cdiv(blocks, SPLITS)
     begin = split * share
     end = tl.minimum(begin + share, blocks)
     if begin < end:
+        pages = table + sequence * W
+        if DECODE and not RING:
+            slot = tl.where(begin < kept, begin, begin + skipped) * BN + tl.arange(0, BN)
+            page = tl.load(pages + slot // S, mask=slot < top, other=0).to(tl.int64)
+            place = ((page * HK + head) * S + slot % S)[:, None]
+            lines = tl.arange(0, (BD + 63) // 64)[None, :] * 64
+            prefetch(k_state + place * D + lines, (slot < top)[:, None] & (lines < D), PDL)
+            lines = tl.arange(0, (BDV + 63) // 64)[None, :] * 64
+            prefetch(v_state + place * DV + lines, (slot < top)[:, None] & (lines < DV), PDL)
+        pdl_wait(PDL)
+        line = tl.arange(0, BM)
+        row = row0 + line // G
+        ok = (line < TILE * G) & (row < stop)
+        position = first + line // G
         d = tl.arange(0, BD)
-        dv = tl.arange(0, BDV)
         at = (head * G + line % G) * Q_HEAD + row.to(tl.int64) * Q_ROW
         query = tl.load(q + at[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
         peak = tl.full((BM,), float("-inf"), tl.float32)
         mass = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BDV), tl.float32)
-        for block in range(begin, end):
-            slot = tl.where(block < kept, block, block + skipped) * BN + tl.arange(0, BN)
-            live = slot < top
-            if RING:
-                page = tl.load(table + sequence * W).to(tl.int64)
-                place = (page * HK + head) * S + slot
-                key = ring_position(slot, length, S, sink_tokens)
-            else:
-                page = tl.load(table + sequence * W + slot // S, mask=live, other=0).to(tl.int64)
-                place = (page * HK + head) * S + slot % S
-                key = slot
-            keys = tl.load(k_state + place[None, :] * D + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
-            score = tl.dot(query, keys)
-            if softcap > 0:
-                score = softcap * tanh(score * (scale / softcap)) * LOG2E
-            else:
-                score = score * (scale * LOG2E)
-            seen = (key[None, :] <= position[:, None]) & (live & (key >= 0))[None, :]
-            if window > 0:
-                near = position[:, None] - key[None, :] < window
-                seen = seen & (near | (key < sink_tokens)[None, :])
-            score = tl.where(seen, score, float("-inf"))
-            higher = tl.maximum(peak, tl.max(score, 1))
-            anchor = tl.where(higher == float("-inf"), 0.0, higher)
-            p = tl.exp2(score - anchor[:, None])
-            fade = tl.exp2(peak - anchor)
-            values = tl.load(
-                v_state + place[:, None] * DV + dv[None, :], mask=live[:, None] & (dv < DV)[None, :], other=0.0
-            )
-            mass = mass * fade + tl.sum(p, 1)
-            acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None])
-            peak = higher
+        half = tl.minimum(tl.maximum(full, begin), end)
+        acc, mass, peak = walk(
+            acc, mass, peak, query, k_state, v_state, k_map, v_map, pages, head, begin, half, kept, skipped, position,
+            length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV, False,
+        )  # fmt: skip
+        acc, mass, peak = walk(
+            acc, mass, peak, query, k_state, v_state, k_map, v_map, pages, head, half, end, kept, skipped, position,
+            length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV, True,
+        )  # fmt: skip
         if SPLITS == 1:
             store_rows(out, sinks, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
         else:
             unit = (tile * HK + head) * SPLITS
-            spot = line[:, None] * BDV + dv[None, :]
-            tl.store(partial + (unit + split).to(tl.int64) * (BM * BDV) + spot, acc)
-            tl.store(stats + (unit + split) * (2 * BM) + line, peak)
-            tl.store(stats + (unit + split) * (2 * BM) + BM + line, mass)
+            spot = line[:, None] * BDV + tl.arange(0, BDV)[None, :]
+            some = line < LINES
+            tl.store(partial + (unit + split).to(tl.int64) * (LINES * BDV) + spot, acc, mask=some[:, None])
+            tl.store(stats + (unit + split) * (2 * LINES) + line, peak, mask=some)
+            tl.store(stats + (unit + split) * (2 * LINES) + LINES + line, mass, mask=some)
             tl.debug_barrier()
             parts = tl.cdiv(blocks, share)
             came = tl.atomic_add(counter + tile * HK + head, 1, sem="acq_rel")
             if came == parts - 1:
                 tl.debug_barrier()
-                peak = tl.full((BM,), float("-inf"), tl.float32)
-                mass = tl.zeros((BM,), tl.float32)
-                acc = tl.zeros((BM, BDV), tl.float32)
-                for part in range(parts):
-                    other = tl.load(stats + (unit + part) * (2 * BM) + line, cache_modifier=".cg")
-                    weight = tl.load(stats + (unit + part) * (2 * BM) + BM + line, cache_modifier=".cg")
-                    sums = tl.load(partial + (unit + part).to(tl.int64) * (BM * BDV) + spot, cache_modifier=".cg")
-                    higher = tl.maximum(peak, other)
-                    anchor = tl.where(higher == float("-inf"), 0.0, higher)
-                    old, new = tl.exp2(peak - anchor), tl.exp2(other - anchor)
-                    mass = mass * old + weight * new
-                    acc = acc * old[:, None] + sums * new[:, None]
-                    peak = higher
-                store_rows(out, sinks, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
+                merge(
+                    partial + unit.to(tl.int64) * (LINES * BDV), stats + unit * (2 * LINES), parts, out, sinks, head,
+                    row0, stop, H, G, DV, BDV, TILE, LINES, SPLITS, CHUNK,
+                )  # fmt: skip
                 tl.store(counter + tile * HK + head, 0)
+    else:
+        pdl_wait(PDL)
+
+
+@triton.jit
+def walk(
+    acc, mass, peak, query, k_state, v_state, k_map, v_map, pages, head, begin, end, kept, skipped, position, length,
+    top,
+    HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr, scale: tl.constexpr, window: tl.constexpr,
+    softcap: tl.constexpr, sink_tokens: tl.constexpr, RING: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BDV: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Key tiles ``begin`` to ``end`` into the running sums; MASKED where some line does not see some key."""
+    d = tl.arange(0, BD)
+    dv = tl.arange(0, BDV)
+    for block in range(begin, end):
+        start = tl.where(block < kept, block, block + skipped) * BN
+        slot = start + tl.arange(0, BN)
+        live = slot < top
+        if k_map is not None:
+            page = tl.load(pages + start // S)
+            at = (page * HK + head) * S + start % S
+            keys = k_map.load([at, 0])
+            values = v_map.load([at, 0])
+            if MASKED:  # what lies past the sequence may be NaN, which a zero weight does not silence
+                values = tl.where(live[:, None], values, 0.0)
+            score = tl.dot(query, tl.trans(keys))
+        else:
+            if RING:
+                place = (tl.load(pages).to(tl.int64) * HK + head) * S + slot
+            else:
+                page = tl.load(pages + slot // S, mask=live, other=0).to(tl.int64)
+                place = (page * HK + head) * S + slot % S
+            here = live if MASKED else live | True
+            keys = tl.load(k_state + place[None, :] * D + d[:, None], mask=here[None, :] & (d < D)[:, None], other=0.0)
+            values = tl.load(
+                v_state + place[:, None] * DV + dv[None, :], mask=here[:, None] & (dv < DV)[None, :], other=0.0
+            )
+            score = tl.dot(query, keys)
+        if softcap > 0:
+            score = softcap * tanh(score * (scale / softcap)) * LOG2E
+        else:
+            score = score * (scale * LOG2E)
+        if MASKED:
+            key = ring_position(slot, length, S, sink_tokens) if RING else slot
+            seen = (key[None, :] <= position[:, None]) & (live & (key >= 0))[None, :]
+            if window > 0:
+                near = position[:, None] - key[None, :] < window
+                seen = seen & (near | (key < sink_tokens)[None, :])
+            score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
+        anchor = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+        p = tl.exp2(score - anchor[:, None])
+        fade = tl.exp2(peak - anchor)
+        mass = mass * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None])
+        peak = higher
+    return acc, mass, peak
+
+
+@triton.jit
+def merge(
+    partial, stats, parts, out, sinks, head, row0, stop,
+    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sums of all parts of a tile, weighted by their log-sum-exp: CHUNK parts' loads are in flight together."""
+    line = tl.arange(0, LINES)
+    part = tl.arange(0, SPLITS)[:, None]
+    live = part < parts
+    at = stats + part * (2 * LINES) + line[None, :]
+    peaks = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
+    masses = tl.load(at + LINES, mask=live, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peaks, 0)
+    anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.sum(masses * tl.exp2(peaks - anchor[None, :]), 0)
+    acc = tl.zeros((LINES, BDV), tl.float32)
+    some = tl.arange(0, CHUNK)
+    spot = line[:, None] * BDV + tl.arange(0, BDV)[None, :]
+    for begin in range(0, parts, CHUNK):
+        held = begin + some < parts
+        at = stats + (begin + some)[:, None] * (2 * LINES) + line[None, :]
+        weight = tl.exp2(tl.load(at, mask=held[:, None], other=float("-inf"), cache_modifier=".cg") - anchor[None, :])
+        at = partial + (begin + some)[:, None, None] * (LINES * BDV) + spot[None, :, :]
+        sums = tl.load(at, mask=held[:, None, None], other=0.0, cache_modifier=".cg")
+        acc += tl.sum(sums * weight[:, :, None], 0)
+    row = row0 + line // G
+    ok = (line < TILE * G) & (row < stop)
+    store_rows(out, sinks, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
 
 
 @triton.jit
@@ -174,17 +258,22 @@ def store_rows(
     tl.store(out + at[:, None] + dv[None, :], value.to(out.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])
 
 
-def shape_tiles(decode: bool, rows: int, groups: int, d: int, dv: int, sequences: int, units: int, arch: int) -> Any:
-    """Tile sizes: lines, keys, splits, warps and stages, for a shape nobody measured."""
-    wide = max(pow2(d), pow2(dv)) > 128
-    if decode or rows * groups <= 32:
-        lines, keys, warps, stages = max(16, pow2(groups)), 32 if wide else 64, 4, 3
+def shape_tiles(decode: bool, lines: int, d: int, units: int, size: int, arch: int) -> dict[str, int]:
+    """Tile sizes, options and TMA for a shape: ``lines`` of one sequence that share keys, heads of ``d`` padded dims,
+    ``units`` programs before splitting the keys."""
+    tma = int(arch >= 90 and size % 64 == 0)
+    if decode or lines <= 64:
+        c = {"BM": max(16, pow2(lines)), "BN": 64 if d <= 128 else 32, "warps": 4, "stages": 3 if tma else 5}
     else:
-        lines, keys, warps, stages = max(64 if wide else 128, pow2(groups)), 32 if wide else 64, 4 if wide else 8, 2
-    splits = 1
-    while splits < 32 and units * splits * 2 <= 2 * SM_COUNT.get(arch, 108):
+        c = (
+            {"BM": 128, "BN": 64, "warps": 8, "stages": 3}
+            if d <= 128
+            else {"BM": 64, "BN": 32, "warps": 4, "stages": 2}
+        )
+    splits, wanted = 1, 2 * SM_COUNT.get(arch, 108)
+    while splits < 64 and units * splits * 2 <= wanted:
         splits *= 2
-    return {"BM": lines, "BN": keys, "SPLITS": splits, "warps": warps, "stages": stages}
+    return {**c, "SPLITS": splits, "TMA": int(tma and size % c["BN"] == 0)}
 
 
 @dataclass(frozen=True)
@@ -197,39 +286,45 @@ class Attention:
     def select(self, site: CallSite) -> Selection | str:
         v: Any = site.values
         q, k, x, (out,) = v["q"], v["k_state"], v["v_state"], site.outputs
-        _, heads, rows, d = q.shape
-        _, shared, size, _ = k.shape
+        (_, heads, rows, d), (blocks, shared, size, _), dv = q.shape, k.shape, x.shape[3]
         n, width = v["block_table"].shape
-        dv = x.shape[3]
         if q.strides[3] != 1 or heads % shared or max(d, dv) > 256:
             return f"query strides {q.strides}, {heads} heads over {shared}, {d} dims"
         if v["ring"] and v["sink_tokens"] >= size:
             return "the ring is all sinks"
-        groups = heads // shared
+        groups, bd, bdv = heads // shared, max(16, pow2(d)), max(16, pow2(dv))
         decode = site.function == "decode" and n == rows
-        worst = rows if decode else max(1, cdiv(rows, n))
-        guess = shape_tiles(decode, worst, groups, d, dv, n, 1, site.arch)
-        per_tile = max(1, guess["BM"] // groups)
-        tiles = n if decode else min(rows, cdiv(rows, per_tile) + n - 1)
+
+        def tiles_of(lines: int) -> tuple[int, int]:
+            per = 1 if decode else max(1, lines // groups)
+            return per, n if decode else min(rows, cdiv(rows, per) + n - 1)
+
+        lines = groups * (1 if decode else cdiv(rows, n))
+        guess = shape_tiles(decode, lines, max(bd, bdv), 1, size, site.arch)
+        units = tiles_of(max(guess["BM"], pow2(groups)))[1] * shared
         key = f"{q.dtype} {'decode' if decode else 'extend'} {rows}x{n} h{heads}/{shared} d{d}"
         tuned = site.tuning.get(self.name, {}).get(key)
-        c = tuned or shape_tiles(decode, worst, groups, d, dv, n, tiles * shared, site.arch)
-        per_tile, splits = 1 if decode else max(1, c["BM"] // groups), c["SPLITS"]
-        tiles = n if decode else min(rows, cdiv(rows, per_tile) + n - 1)
-        bdv, units = max(16, pow2(dv)), tiles * shared
-        many = splits > 1
+        c = dict(tuned or shape_tiles(decode, lines, max(bd, bdv), units, size, site.arch))
+        c["BM"] = max(c["BM"], pow2(groups))
+        tma = bool(c["TMA"]) and not v["ring"] and d % 8 == 0 and dv % 8 == 0
+        per_tile, tiles = tiles_of(c["BM"])
+        held, splits = min(c["BM"], pow2(per_tile * groups)), c["SPLITS"]
+        many, units = splits > 1, tiles * shared
+        flat = [replace(state, shape=(blocks * shared * size, e), strides=(e, 1)) for state, e in ((k, d), (x, dv))]
         tensors = {
-            "q": q, "k_state": k, "v_state": x, "table": v["block_table"], "cu": v["cu_seqlens"],
-            "lens": v["seq_lens"], "sinks": v["sinks"], "out": out,
-            "partial": Scratch("partial", 4 * units * splits * c["BM"] * bdv) if many else None,
-            "stats": Scratch("stats", 8 * units * splits * c["BM"]) if many else None,
+            "q": q, "k_state": k, "v_state": x, "k_map": TmaOperand(flat[0], (c["BN"], bd)) if tma else None,
+            "v_map": TmaOperand(flat[1], (c["BN"], bdv)) if tma else None, "table": v["block_table"],
+            "cu": v["cu_seqlens"], "lens": v["seq_lens"], "sinks": v["sinks"], "out": out,
+            "partial": Scratch("partial", 4 * units * splits * held * bdv) if many else None,
+            "stats": Scratch("stats", 8 * units * splits * held) if many else None,
             "counter": Scratch("counter", 4 * units, zeroed=True) if many else None,
         }  # fmt: skip
         constants = {
             "N": n, "W": width, "H": heads, "HK": shared, "D": d, "DV": dv, "S": size, "Q_HEAD": q.strides[1],
             "Q_ROW": q.strides[2], "scale": float(v["scale"]), "window": v["window"], "softcap": float(v["softcap"]),
-            "sink_tokens": v["sink_tokens"], "RING": v["ring"], "DECODE": decode, "TILE": per_tile, "BM": c["BM"],
-            "BN": c["BN"], "BD": max(16, pow2(d)), "BDV": bdv, "PN": pow2(n), "SPLITS": splits,
+            "sink_tokens": v["sink_tokens"], "RING": v["ring"], "DECODE": decode, "TILE": per_tile, "LINES": held,
+            "BM": c["BM"], "BN": c["BN"], "BD": bd, "BDV": bdv, "PN": pow2(n), "SPLITS": splits,
+            "CHUNK": max(1, min(splits, 4096 // (held * bdv))),
         }  # fmt: skip
         scratch = {"partial": "*fp32", "stats": "*fp32", "counter": "*i32"}
         moved = nbytes(q, out)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..kernel import CallSite, Selection
+from ..tuning import find_linear
 from ._common import LAUNCH_US, cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, rows_of
 
 
@@ -71,14 +72,13 @@ class Gemv:
             return "more than one row"
         if not weight.contiguous or (bias is not None and not bias.contiguous):
             return "the weight is strided"
-        key = f"{weight.dtype} 1x{n}x{k}"
-        tuned = site.tuning.get(self.name, {}).get(key)
-        rows, block, warps = (tuned["rows"], tuned["block"], tuned["warps"]) if tuned else tile(n, k)
+        tuned = find_linear(site.tuning, self.name, weight.dtype, 1, n, k)
+        rows, block, warps = (tuned[0][c] for c in ("rows", "block", "warps")) if tuned else tile(n, k)
         moved = nbytes(weight, x, out)
         constants = {"N": n, "K": k, "ROWS": rows, "BLOCK": block}
         tensors = {"x": x, "weight": weight, "bias": bias, "out": out}
         made = launch(site.arch, gemv, (cdiv(n, rows),), tensors, constants, warps=warps, moved=moved)
-        why = "one row: bound by the weight's bytes" + (", tuned" if tuned else "")
+        why = f"one row: {rows} outputs a program" + (f", {tuned[1]}" if tuned else "")
         return Selection((made,), why, modelled_us(moved, site.arch, efficiency=0.95) - LAUNCH_US / 2)
 
 

@@ -8,7 +8,22 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+plain_convert = interpreter._convert_float
+
+
+def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
+    """The interpreter truncates on the way to bfloat16 where the device rounds to nearest, ties to even."""
+    if source != tl.float32 or target != tl.bfloat16:
+        return plain_convert(data, source, target, mode)
+    bits = np.ascontiguousarray(data).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(data), np.uint32(0x7FFF), rounded).astype(np.uint16).reshape(data.shape)
+
+
+interpreter._convert_float = convert
 
 plain_dot = InterpreterBuilder.create_dot
 
