@@ -24,7 +24,7 @@ class CudaOptions:
 
     archs: tuple[int, ...] = (90,)
     decode_buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    extend_buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    extend_buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
     extend_sequences: tuple[int, ...] = (1, 16, 256)
     jobs: int = 0
 
