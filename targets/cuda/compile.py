@@ -86,7 +86,7 @@ class Worker:
             raise TargetError(f"the compile worker died: {words}", where=job.label)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise TargetError(f"Triton refused the kernel: {answer['error'][-2000:]}", where=job.label)
+            raise TargetError(f"Triton refused the kernel: {answer['error'][:2000]}", where=job.label)
         maps = tuple((tuple(box), swizzle) for box, swizzle in answer.pop("tensor_maps"))
         return Compiled(out.read_bytes(), **answer, tensor_maps=maps)
 

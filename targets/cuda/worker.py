@@ -70,6 +70,15 @@ def resources(cubin: bytes, symbol: str, folder: Path) -> tuple[int, int]:
     return registers, stack + local
 
 
+def explain(error: BaseException | None) -> str:
+    """An error and its causes, innermost first: Triton wraps what is wrong in one error for each call it inlines."""
+    parts: list[str] = []
+    while error is not None:
+        parts.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__ or error.__context__
+    return "; in ".join(reversed(parts))
+
+
 def main() -> None:
     """Serve jobs until standard input ends."""
     replies = sys.stdout
@@ -79,7 +88,7 @@ def main() -> None:
             try:
                 answer = compile_job(json.loads(line), Path(folder))
             except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
+                answer = {"error": explain(error)}
             print(json.dumps(answer), file=replies, flush=True)
 
 

@@ -216,10 +216,12 @@ def merge(
     spot = line[:, None] * BDV + tl.arange(0, BDV)[None, :]
     for begin in range(0, parts, CHUNK):
         held = begin + some < parts
-        at = stats + (begin + some)[:, None] * (2 * LINES) + line[None, :]
-        weight = tl.exp2(tl.load(at, mask=held[:, None], other=float("-inf"), cache_modifier=".cg") - anchor[None, :])
-        at = partial + (begin + some)[:, None, None] * (LINES * BDV) + spot[None, :, :]
-        sums = tl.load(at, mask=held[:, None, None], other=0.0, cache_modifier=".cg")
+        peaks_at = stats + (begin + some)[:, None] * (2 * LINES) + line[None, :]
+        weight = tl.exp2(
+            tl.load(peaks_at, mask=held[:, None], other=float("-inf"), cache_modifier=".cg") - anchor[None, :]
+        )
+        sums_at = partial + (begin + some)[:, None, None] * (LINES * BDV) + spot[None, :, :]
+        sums = tl.load(sums_at, mask=held[:, None, None], other=0.0, cache_modifier=".cg")
         acc += tl.sum(sums * weight[:, :, None], 0)
     row = row0 + line // G
     ok = (line < TILE * G) & (row < stop)

@@ -159,3 +159,14 @@ def test_two_builds_with_caches_of_their_own_give_equal_bytes(tmp_path: Path) ->
     plan = LaunchPlan.from_json(builds[0].files["launch/sm_90.json"].decode())
     assert {k.file for k in plan.kernels.values()} == {n for n in builds[0].files if n.endswith(".cubin")}
     assert not any(str(Path.cwd()).encode() in data for data in builds[0].files.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_repository_kernels_compile(arch: int, tmp_path: Path) -> None:
+    """The interpreter accepts what the compiler refuses (a loop variable that changes its type)."""
+    found, options = model("llama"), replace(ONE, archs=(arch,))
+    made = build(found.program, found.weights, options, BuildContext({}), CubinCache(tmp_path))
+    kernels = made.notes["kernels"][f"sm_{arch}"]
+    assert kernels
+    assert not [name for name, kernel in kernels.items() if kernel["spills"]]
