@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +39,7 @@ def build(folder: Path, only: str) -> None:
     from targets.cuda.plan import operand, scratch_name
 
     version = compiler_version()
-    found = [case for case in cases() if only in f"{case.kernel} {case.what} {case.key}"]
+    found = [case for case in cases() if re.search(only, f"{case.kernel} {case.model} {case.what} {case.key}")]
     jobs = {x.specialization: Job(x.specialization, 90, version) for c in found for x in c.selection.launches}
     last = [0.0]
 

@@ -19,6 +19,7 @@ from ._common import (
     nbytes,
     pdl_release,
     pdl_wait,
+    peek,
     pow2,
     prefetch,
     tanh,
@@ -155,8 +156,7 @@ def walk(
         slot = start + tl.arange(0, BN)
         live = slot < top
         if k_map is not None:
-            page = tl.load(pages + start // S)
-            at = (page * HK + head) * S + start % S
+            at = (peek(pages + start // S) * HK + head) * S + start % S
             keys = k_map.load([at, 0])
             values = v_map.load([at, 0])
             if MASKED:  # what lies past the sequence may be NaN, which a zero weight does not silence
@@ -164,9 +164,9 @@ def walk(
             score = tl.dot(query, tl.trans(keys))
         else:
             if RING:
-                place = (tl.load(pages).to(tl.int64) * HK + head) * S + slot
+                place = (peek(pages).to(tl.int64) * HK + head) * S + slot
             else:
-                page = tl.load(pages + slot // S, mask=live, other=0).to(tl.int64)
+                page = peek(pages + tl.where(live, slot // S, 0)).to(tl.int64)
                 place = (page * HK + head) * S + slot % S
             here = live if MASKED else live | True
             keys = tl.load(k_state + place[None, :] * D + d[:, None], mask=here[None, :] & (d < D)[:, None], other=0.0)
@@ -263,15 +263,13 @@ def store_rows(
 def shape_tiles(decode: bool, lines: int, d: int, units: int, size: int, arch: int) -> dict[str, int]:
     """Tile sizes, options and TMA for a shape: ``lines`` of one sequence that share keys, heads of ``d`` padded dims,
     ``units`` programs before splitting the keys."""
-    tma = int(arch >= 90 and size % 64 == 0)
+    tma = arch >= 90 and size % 64 == 0
     if decode or lines <= 64:
-        c = {"BM": max(16, pow2(lines)), "BN": 64 if d <= 128 else 32, "warps": 4, "stages": 3 if tma else 5}
-    else:
-        c = (
-            {"BM": 128, "BN": 64, "warps": 8, "stages": 3}
-            if d <= 128
-            else {"BM": 64, "BN": 32, "warps": 4, "stages": 2}
-        )
+        c = {"BM": max(16, pow2(lines)), "BN": 64 if d <= 128 else 32, "warps": 4, "stages": 3}
+    elif arch >= 90 and d <= 128:
+        c = {"BM": 128, "BN": 64, "warps": 8, "stages": 3}
+    else:  # before wgmma the sums of 128 lines spill
+        c = {"BM": 64, "BN": 32 if d > 128 else 64, "warps": 4, "stages": 2}
     splits, wanted = 1, 2 * SM_COUNT.get(arch, 108)
     while splits < 64 and units * splits * 2 <= wanted:
         splits *= 2

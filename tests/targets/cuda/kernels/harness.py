@@ -17,6 +17,8 @@ from targets.cuda.kernel import CallSite, Kernel, KernelLaunch, Scratch, Selecti
 GUARD = 512
 """Elements of NaN (or of the least integer) before and after every tensor, where the kernel must not look."""
 
+TYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32, "*i32": torch.int32}
+
 
 @dataclass
 class Memory:
@@ -121,11 +123,11 @@ def execute(launch: KernelLaunch, memory: Memory) -> None:
 
     spec = launch.specialization
     arguments: dict[str, Any] = dict(spec.constexprs)
-    for (name, _), arg in zip(spec.signature, launch.args, strict=True):
+    for (name, type_), arg in zip(spec.signature, launch.args, strict=True):
         if isinstance(arg, Strided):
             arguments[name] = memory.flat[arg.buffer][GUARD + arg.offset :]
         elif isinstance(arg, Scratch):
-            arguments[name] = memory.scratch(arg)
+            arguments[name] = memory.scratch(arg).view(TYPES[type_])
         elif isinstance(arg, TmaOperand):
             assert all(s * dtype_bytes(arg.value.dtype) % 16 == 0 for s in arg.value.strides[:-1]), "TMA stride"
             view = memory.get(arg.value)

@@ -1,4 +1,4 @@
-"""Embedding, norms, gates, rotary and KV writes, elementwise arithmetic and copies, against the dialect's references."""
+"""Embedding, norms, gates, rotary and KV writes, arithmetic and copies, against the dialect's references."""
 
 from __future__ import annotations
 
