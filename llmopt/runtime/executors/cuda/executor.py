@@ -25,7 +25,6 @@ from llmopt.runtime.protocol import (
 )
 from llmopt.runtime.sampler import HostSampler
 
-
 PLACES = 3
 """Places for last tokens a sequence: a step that admits as many as it releases, while the step before it, which did
 the same, is still on its way."""
