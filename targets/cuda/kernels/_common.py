@@ -14,8 +14,8 @@ from ..kernel import Argument, KernelLaunch, Scratch, Specialization, Strided, T
 from ..views import reshaped
 
 POINTERS = {
-    "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32", "int64": "*i64", "bool": "*i1",
-    "int8": "*i8", "uint8": "*u8",
+    "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "float64": "*fp64", "int32": "*i32",
+    "int64": "*i64", "bool": "*i1", "int8": "*i8", "uint8": "*u8",
 }  # fmt: skip
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 FLOATS = ("bfloat16", "float16", "float32")
@@ -143,7 +143,7 @@ def nbytes(*tensors: Strided | None) -> int:
     for x in tensors:
         if x is None:
             continue
-        size = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8}.get(x.dtype, 1)
+        size = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8, "float64": 8}.get(x.dtype, 1)
         for extent, stride in zip(x.shape, x.strides):
             size *= extent if stride else 1
         total += size
@@ -203,4 +203,4 @@ def launch(
 
 def nbytes_of(x: Strided) -> int:
     """Bytes of one element."""
-    return {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8}.get(x.dtype, 1)
+    return {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8, "float64": 8}.get(x.dtype, 1)
