@@ -74,6 +74,24 @@ class RequestError(LlmoptError):
     exit_code = 11
 
 
+class OverloadError(RequestError):
+    """The request is fine and the server cannot take it now. ``retry_after``: seconds after which to ask again."""
+
+    def __init__(
+        self, what: str, *, retry_after: float = 1.0, where: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.retry_after = retry_after
+
+
+class QueueFullError(OverloadError):
+    """A bounded queue is full: too many requests wait (of all callers, or of one)."""
+
+
+class DeadlineError(OverloadError):
+    """The request's deadline passed before it could be answered."""
+
+
 class ExecutorError(LlmoptError):
     """The executor failed or its golden-token gate did; the engine is dead."""
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from llmopt.errors import RequestError
 from llmopt.runtime.protocol import SamplingParams
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_PRIORITY = 1 << 31
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a text must look like: a JSON schema, a regular expression, or a context-free grammar in Lark's notation."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,10 @@ class GenerationParams:
     ``max_tokens``: None is "until the context is full"; more than the context leaves is cut to it.
     ``stop``: strings that end the text and are not part of it. ``stop_token_ids``: ids that end it like an
     end-of-sequence token. ``ignore_eos``: the model's own end-of-sequence ids do not end it.
+    ``grammar``: tokens that would leave it cannot be drawn, and the text ends where it is complete.
+    ``prompt_logprobs``: how many alternatives to report for every prompt token after the first (None: no report).
+    ``priority``: lower is served first (as vLLM has it). ``tenant``: whose share of the server it uses.
+    ``timeout``: seconds from its arrival to its last token (None: no deadline).
     """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -27,6 +41,11 @@ class GenerationParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    tenant: str = ""
+    timeout: float | None = None
 
 
 def check_params(params: GenerationParams, vocab_size: int) -> None:
@@ -51,6 +70,12 @@ def check_params(params: GenerationParams, vocab_size: int) -> None:
         raise RequestError("a stop string is empty")
     for token in params.stop_token_ids:
         _check("stop_token_ids token", token, f"in [0, {vocab_size})", 0 <= token < vocab_size)
+    if params.prompt_logprobs is not None:
+        good = 0 <= params.prompt_logprobs <= MAX_LOGPROBS
+        _check("prompt_logprobs", params.prompt_logprobs, f"in [0, {MAX_LOGPROBS}]", good)
+    _check("priority", params.priority, f"in [-{MAX_PRIORITY}, {MAX_PRIORITY}]", abs(params.priority) <= MAX_PRIORITY)
+    if params.timeout is not None:
+        _check("timeout", params.timeout, "above 0 seconds", params.timeout > 0)
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int, context: int) -> None:

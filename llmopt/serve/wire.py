@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
 from llmopt.runtime.core import TokenOutput
-from llmopt.runtime.params import GenerationParams
+from llmopt.runtime.params import GenerationParams, Grammar
 from llmopt.runtime.protocol import Sampled, SamplingParams
 
 VERSION = 1
@@ -124,7 +124,9 @@ def _params(raw: dict[str, Any]) -> GenerationParams:
     sampling = raw["sampling"]
     bias = {int(token): value for token, value in sampling["logit_bias"].items()}
     stops = {name: tuple(raw[name]) for name in ("stop", "stop_token_ids")}
-    return GenerationParams(**{**raw, **stops, "sampling": SamplingParams(**{**sampling, "logit_bias": bias})})
+    grammar = None if raw["grammar"] is None else Grammar(**raw["grammar"])
+    drawn = SamplingParams(**{**sampling, "logit_bias": bias})
+    return GenerationParams(**{**raw, **stops, "sampling": drawn, "grammar": grammar})
 
 
 def _length(head: bytes) -> int:
