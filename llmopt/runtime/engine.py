@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmopt.errors import RequestError
 from llmopt.runtime.core import EngineCore
+from llmopt.runtime.grammar import GrammarCompiler
 from llmopt.runtime.params import GenerationParams
 from llmopt.runtime.protocol import Executor
 from llmopt.runtime.stream import Delta, RequestStream
@@ -15,17 +16,21 @@ from llmopt.runtime.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Output:
-    """What a step added to a request. ``completion_tokens``: tokens generated so far."""
+    """What a step added to a request. ``completion_tokens``: tokens generated so far.
+
+    ``error``: why a request that was accepted had to end without an answer; its last output, with an empty delta.
+    """
 
     request_id: int
     delta: Delta
     prompt_tokens: int
     completion_tokens: int
+    error: RequestError | None = None
 
     @property
     def finished(self) -> bool:
         """Whether this is the request's last output."""
-        return self.delta.finish_reason is not None
+        return self.error is not None or self.delta.finish_reason is not None
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Engine:
     """Continuous batching over one executor, with text at both ends. Not thread-safe."""
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer, eos_token_ids: Iterable[int] = ()) -> None:
-        self.core = EngineCore(executor, eos_token_ids)
+        ends = tuple(eos_token_ids)
+        self.core = EngineCore(executor, ends, GrammarCompiler(tokenizer, executor.limits.vocab_size, ends))
         self.tokenizer = tokenizer
         self._requests: dict[int, _Request] = {}
 
@@ -83,6 +89,10 @@ class Engine:
                 del self._requests[token.request_id]
                 self.core.cancel(token.request_id)  # a stop string ends what the core still runs
             outputs.append(Output(token.request_id, delta, request.prompt_tokens, request.stream.count))
+        for failure in self.core.failures():
+            request = self._requests.pop(failure.request_id)
+            count = request.stream.count
+            outputs.append(Output(failure.request_id, Delta("", ()), request.prompt_tokens, count, failure.error))
         return outputs
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: GenerationParams) -> list[Completion]:
@@ -95,6 +105,8 @@ class Engine:
             while not all(outputs and outputs[-1].finished for outputs in parts.values()):
                 for output in self.step():
                     if output.request_id in parts:
+                        if output.error is not None:
+                            raise output.error
                         parts[output.request_id].append(output)
         except BaseException:
             for request_id in ids:

@@ -98,7 +98,7 @@ class HostSampler:
                 result = Sampled(greedy)
             else:
                 token = _draw(_edit(row, logits[i], mask), row.params, draws.get(i, 0.0))
-                result = _report(logits[i], token, row.params.logprobs)
+                result = report(logits[i], token, row.params.logprobs)
             row.push(result.token)
             sampled.append(result)
         return sampled
@@ -185,7 +185,7 @@ def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.b
     return keep
 
 
-def _report(logits: FloatArray, token: int, alternatives: int | None) -> Sampled:
+def report(logits: FloatArray, token: int, alternatives: int | None) -> Sampled:
     """The drawn token with the log-probabilities asked for."""
     if alternatives is None:
         return Sampled(token)

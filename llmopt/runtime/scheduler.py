@@ -12,6 +12,9 @@ from llmopt.program import StatePlan
 from llmopt.runtime.protocol import Admission, ExecutorLimits, IntArray, SamplingParams, SeqStep, StepBatch
 from llmopt.runtime.state import StateAllocator
 
+SCORED_CHUNK = 64
+"""Prompt rows of a step whose logits are all wanted: 32 MiB of them at a vocabulary of 128k."""
+
 
 @dataclass(slots=True, eq=False)
 class Scheduled:
@@ -19,7 +22,8 @@ class Scheduled:
 
     ``budget``: tokens it may draw. ``computed``: tokens in the state once every planned step has run.
     ``pending``: tokens drawn by steps in flight, unknown to the host. ``rope_len``: the length its rotary table was
-    chosen for (two-table models).
+    chosen for (two-table models). ``constrained``: the mask of the next token needs every drawn token to be known.
+    ``scored``: the logits of every prompt row are wanted, so rows come in chunks of SCORED_CHUNK.
     """
 
     seq_id: int
@@ -30,6 +34,8 @@ class Scheduled:
     computed: int = 0
     pending: int = 0
     rope_len: int = 0
+    constrained: bool = False
+    scored: bool = False
 
     @property
     def length(self) -> int:
@@ -90,9 +96,19 @@ class Scheduler:
         self.preemptions = 0
         self._releases: list[int] = []
 
-    def add(self, seq_id: int, prompt: Sequence[int], sampling: SamplingParams, budget: int) -> None:
+    def add(
+        self,
+        seq_id: int,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        budget: int,
+        *,
+        constrained: bool = False,
+        scored: bool = False,
+    ) -> None:
         """Queue a sequence that may draw ``budget`` tokens; ``len(prompt) + budget`` must be within ``context``."""
-        self.waiting.append(Scheduled(seq_id, np.array(prompt, np.int64), sampling, budget))
+        ids = np.array(prompt, np.int64)
+        self.waiting.append(Scheduled(seq_id, ids, sampling, budget, constrained=constrained, scored=scored))
 
     def finish(self, seq_id: int) -> None:
         """Forget a sequence, running or waiting; the executor hears of it with the next step."""
@@ -120,7 +136,7 @@ class Scheduler:
         if not self._reserve():
             return None
         step = _Step(self.limits.max_tokens_per_step, self.limits.max_sequences)
-        ready = [s for s in self.running.values() if not s.exhausted]
+        ready = [s for s in self.running.values() if not (s.exhausted or (s.constrained and s.pending))]
         for sequence in sorted(ready, key=lambda s: s.length - s.computed > 1):  # stable: decode rows first
             if step.open:
                 self._add_rows(step, sequence)
@@ -185,7 +201,8 @@ class Scheduler:
     def _add_rows(self, step: _Step, sequence: Scheduled) -> None:
         """As many of the sequence's missing rows as the step has room for; the last one draws a token."""
         missing = sequence.length - sequence.computed
-        count = min(missing, step.room, self.max_chunk or missing)
+        scoring = sequence.scored and sequence.computed < len(sequence.prompt)
+        count = min(missing, step.room, self.max_chunk or missing, SCORED_CHUNK if scoring else missing)
         start, stop = sequence.computed, sequence.computed + count
         if start == 0:
             sequence.rope_len = sequence.length
@@ -196,6 +213,7 @@ class Scheduler:
             start,
             self.allocator.table(sequence.seq_id, stop),
             sample=count == missing,
+            logits="all" if scoring else "none",
             rope_len=sequence.rope_len,
         )
         step.rows.append(row)

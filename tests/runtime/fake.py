@@ -122,7 +122,7 @@ class FakeExecutor:
             if row.sample:
                 logits = np.zeros((1, self.limits.vocab_size), np.float32)
                 logits[0, token] = 8
-                drawn[row.seq_id] = self.sampler.sample_rows([row.seq_id], logits)[0]
+                drawn[row.seq_id] = self.sampler.sample_rows([row.seq_id], logits, batch.masks)[0]
         for seq_id in batch.release:
             self.sampler.release(seq_id)
         return StepOutput(drawn)

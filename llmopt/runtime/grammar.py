@@ -1,0 +1,181 @@
+"""Grammars: which tokens may come next, so that a text cannot leave the form it was asked to have (llguidance)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.errors import RequestError, ResourceError
+from llmopt.runtime.params import Grammar
+from llmopt.runtime.tokenizer import Tokenizer
+
+Bitmask = npt.NDArray[np.uint32]
+
+MAX_SOURCE = 1 << 20
+"""Characters of a grammar."""
+KEPT = 256
+"""Compiled grammars kept for the next request that asks for the same."""
+ALL = np.uint32(2**32 - 1)
+COMPILE_FUEL = 10_000_000
+"""llguidance's measure of the work a grammar may cause when it is compiled: about 0.2 s."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer; thread-safe.
+
+    ``vocab_size``: of the model (a tokenizer may know fewer ids). ``eos_token_ids``: what a finished text is
+    followed by. Raises ResourceError without llguidance, RequestError for a model without an end-of-sequence id.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self.vocab_size, self.words = vocab_size, -(-vocab_size // 32)
+        self._source, self._eos = tokenizer, tuple(eos_token_ids)
+        self._lock = threading.Lock()
+        self._tokens: Any = None
+        self._known: OrderedDict[Grammar, Any] = OrderedDict()
+
+    def compile(self, grammar: Grammar) -> Any:
+        """A fresh llguidance matcher. Raises RequestError when the grammar is invalid or too large."""
+        if len(grammar.source) > MAX_SOURCE:
+            raise RequestError(f"the grammar has {len(grammar.source)} characters", hint=f"at most {MAX_SOURCE}")
+        with self._lock:
+            found = self._known.get(grammar)
+            if found is not None:
+                self._known.move_to_end(grammar)
+                return found.deep_copy()
+            tokens = self._tokenizer()
+        matcher = _matcher(grammar, tokens)
+        with self._lock:
+            self._known[grammar] = matcher
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        return matcher.deep_copy()
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether compiling it again costs nothing."""
+        with self._lock:
+            return grammar in self._known
+
+    def _tokenizer(self) -> Any:
+        """llguidance's form of the vocabulary: made at the first use (about a second for 128k tokens)."""
+        if self._tokens is None:
+            if find_spec("llguidance") is None:
+                raise ResourceError("constrained output needs llguidance", hint="pip install 'llmopt[serve]'")
+            if not self._eos:
+                raise RequestError("this model has no end-of-sequence token, which constrained output needs")
+            from llguidance import LLTokenizer
+
+            source = self._source.backend.to_str()
+            self._tokens = LLTokenizer(source, n_vocab=self.vocab_size, eos_token=list(self._eos))
+        return self._tokens
+
+
+def _matcher(grammar: Grammar, tokens: Any) -> Any:
+    from llguidance import LLMatcher, LLParserLimits
+
+    try:
+        if grammar.kind == "json_schema":
+            compiled = LLMatcher.grammar_from_json_schema(grammar.source)
+        elif grammar.kind == "regex":
+            compiled = LLMatcher.grammar_from_regex(grammar.source)
+        else:
+            compiled = LLMatcher.grammar_from_lark(grammar.source)
+        limits = LLParserLimits(initial_lexer_fuel=COMPILE_FUEL, verbose_errors=False)
+        matcher = LLMatcher(tokens, compiled, log_level=0, limits=limits)
+    except ValueError as error:
+        raise RequestError(f"invalid {_NAMES[grammar.kind]}: {error}") from error
+    if matcher.is_error():
+        raise RequestError(f"invalid {_NAMES[grammar.kind]}: {matcher.get_error()}")
+    return matcher
+
+
+_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}
+
+
+class Constraints:
+    """Grammar states of the sequences under way; masks are filled by other threads while the device works."""
+
+    def __init__(self, compiler: GrammarCompiler | None) -> None:
+        self.compiler = compiler
+        self._matchers: dict[int, Any] = {}
+        self._filling: dict[int, Future[Bitmask]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __contains__(self, seq_id: int) -> bool:
+        return seq_id in self._matchers
+
+    def add(self, seq_id: int, grammar: Grammar) -> None:
+        """Constrain a sequence; raises RequestError for a bad grammar, or where there is no tokenizer."""
+        if self.compiler is None:
+            raise RequestError("this engine has no tokenizer: it cannot constrain its output")
+        self._matchers[seq_id] = self.compiler.compile(grammar)
+
+    def accept(self, seq_id: int, token: int) -> RequestError | None:
+        """A token was drawn; the reason when the sequence cannot go on (its grammar needs more work than allowed)."""
+        if seq_id in self._filling:
+            self._filling.pop(seq_id).result()  # a matcher has one user at a time
+        matcher = self._matchers.get(seq_id)
+        if matcher is None or matcher.consume_token(token):
+            return None
+        return RequestError(f"the grammar cannot go on after token {token}: {matcher.get_error()}")
+
+    def forget(self, seq_id: int) -> None:
+        """The sequence has ended; one without a grammar is fine."""
+        self._matchers.pop(seq_id, None)
+        self._filling.pop(seq_id, None)
+
+    def masks(self, seq_ids: Sequence[int]) -> Mapping[int, Bitmask]:
+        """Masks of the next token of those sequences that have a grammar, computed in the background.
+
+        Reading one waits for it: an executor reads them once its forward pass runs.
+        """
+        chosen = [seq_id for seq_id in seq_ids if seq_id in self._matchers]
+        if not chosen:
+            return {}
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) - 1)), "grammar")
+        assert self.compiler is not None
+        words = self.compiler.words
+        pending = {i: self._pool.submit(_fill, self._matchers[i], words) for i in chosen}
+        self._filling |= pending
+        return _Masks(pending)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fill(matcher: Any, words: int) -> Bitmask:
+    mask = np.zeros(words, np.uint32)
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    if matcher.is_error() or not mask.any():
+        mask[:] = ALL  # the token drawn will not be accepted, which ends this request and no other
+    return mask
+
+
+class _Masks(Mapping[int, Bitmask]):
+    """Masks that are still being computed."""
+
+    def __init__(self, pending: dict[int, Future[Bitmask]]) -> None:
+        self._pending = pending
+
+    def __getitem__(self, seq_id: int) -> Bitmask:
+        return self._pending[seq_id].result()
+
+    def __contains__(self, seq_id: object) -> bool:
+        return seq_id in self._pending
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._pending)
+
+    def __len__(self) -> int:
+        return len(self._pending)

@@ -1,0 +1,158 @@
+"""Constrained output through the engine core: every text is in its grammar, whatever else runs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from llmopt.errors import RequestError
+from llmopt.runtime.core import EngineCore
+from llmopt.runtime.grammar import Constraints, GrammarCompiler
+from llmopt.runtime.params import GenerationParams, Grammar
+from llmopt.runtime.protocol import ExecutorLimits, SamplingParams
+from llmopt.runtime.tokenizer import Tokenizer
+from tests.runtime.fake import FakeExecutor, oracle, plan_of
+
+llguidance = pytest.importorskip("llguidance")
+
+VOCAB, CONTEXT, EOS = 4096, 96, (1,)
+PLAN = plan_of("paged", context=CONTEXT)
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "maximum": 120}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+SCHEMA_GRAMMAR = Grammar("json_schema", json.dumps(SCHEMA))
+DIGITS = Grammar("regex", "[0-9]{3}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(embedded_model):
+    return Tokenizer.load(embedded_model / "tokenizer.json", embedded_model / "tokenizer_config.json")
+
+
+@pytest.fixture
+def compiler(tokenizer):
+    return GrammarCompiler(tokenizer, VOCAB, EOS)
+
+
+def core_of(compiler, *, blocks=120, flight=1):
+    limits = ExecutorLimits(CONTEXT, 8, 64, {"paged0": blocks}, VOCAB, steps_in_flight=flight)
+    return EngineCore(FakeExecutor(PLAN, limits), EOS, compiler)
+
+
+def params(grammar=None, **sampling):
+    return GenerationParams(SamplingParams(**{"temperature": 1.0, "seed": 3, **sampling}), 60, grammar=grammar)
+
+
+def run(core, requests):
+    """Tokens and finish reason of each request, in order."""
+    ids = [core.add(prompt, p) for prompt, p in requests]
+    tokens, reasons = {i: [] for i in ids}, {}
+    while core.has_work:
+        for output in core.step():
+            tokens[output.request_id].append(output.sampled.token)
+            if output.finish_reason:
+                reasons[output.request_id] = output.finish_reason
+    return [(tokens[i], reasons.get(i)) for i in ids]
+
+
+@pytest.mark.parametrize("flight", [1, 2])
+@pytest.mark.parametrize("blocks", [120, 30])
+def test_constrained_and_free_requests_together(compiler, tokenizer, flight, blocks):
+    core = core_of(compiler, blocks=blocks, flight=flight)
+    grammars = [SCHEMA_GRAMMAR, None, DIGITS, None, SCHEMA_GRAMMAR, DIGITS]
+    requests = [([5 + i, 9], params(g, temperature=0 if g is None else 1, seed=i)) for i, g in enumerate(grammars)]
+    results = run(core, requests)
+    for (prompt, _), grammar, (tokens, reason) in zip(requests, grammars, results):
+        if grammar is None:
+            assert tokens == oracle(prompt, 60, PLAN, VOCAB)
+            continue
+        assert reason == "stop"
+        text = tokenizer.decode(tokens)
+        if grammar is DIGITS:
+            assert re.fullmatch("[0-9]{3}", text)
+        else:
+            found = json.loads(text)
+            assert set(found) == {"name", "age"}
+            assert isinstance(found["age"], int)
+            assert found["age"] <= 120
+    assert (core.scheduler.preemptions > 0) == (blocks == 30)
+    if blocks == 30:  # preemption changes nothing
+        assert results == run(core_of(compiler), requests)
+
+
+def test_a_grammar_that_is_cut_short_says_length(compiler):
+    [(tokens, reason)] = run(core_of(compiler), [([5], GenerationParams(max_tokens=3, grammar=SCHEMA_GRAMMAR))])
+    assert (len(tokens), reason) == (3, "length")
+
+
+def test_eos_ends_a_constrained_text_whatever_ignore_eos_says(compiler, tokenizer):
+    asked = GenerationParams(SamplingParams(seed=1), 60, ignore_eos=True, grammar=DIGITS)
+    [(tokens, reason)] = run(core_of(compiler), [([5], asked)])
+    assert reason == "stop"
+    assert tokens[-1] in EOS
+    assert len(tokenizer.decode(tokens)) == 3
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (Grammar("regex", "[0-9]("), "invalid regular expression"),
+        (Grammar("json_schema", '{"type": "nope"}'), "invalid JSON schema: Invalid type: nope"),
+        (Grammar("json_schema", "[1]"), "invalid JSON schema"),
+        (Grammar("json_schema", "{"), "invalid JSON schema"),
+        (Grammar("lark", 'start: "a" b'), "invalid grammar"),
+        (Grammar("regex", "a" * (1 << 21)), "characters"),
+        (Grammar("regex", "(" * 3000 + ")" * 3000), "invalid regular expression"),
+    ],
+    ids=["regex", "type", "list", "json", "lark", "long", "deep"],
+)
+def test_bad_grammars_are_the_callers_fault(compiler, grammar, message):
+    core = core_of(compiler)
+    with pytest.raises(RequestError, match=message):
+        core.add([5], params(grammar))
+    assert not core.has_work
+
+
+def test_without_an_end_of_sequence_token_there_is_no_constrained_output(tokenizer):
+    with pytest.raises(RequestError, match="no end-of-sequence token"):
+        GrammarCompiler(tokenizer, VOCAB, ()).compile(DIGITS)
+
+
+def test_a_token_against_the_grammar_ends_that_request_only(compiler):
+    core = core_of(compiler)
+    core.constraints.masks = lambda seq_ids: {}  # an executor that ignores masks
+    bad, good = core.add([5], params(DIGITS)), core.add([6], params())
+    ended = []
+    while core.has_work:
+        core.step()
+        ended += core.failures()
+    assert [f.request_id for f in ended] == [bad]
+    assert "the grammar cannot go on" in str(ended[0].error)
+    assert core.active == 0
+    assert good
+
+
+def test_masks_are_the_matchers(compiler):
+    constraints = Constraints(compiler)
+    constraints.add(7, DIGITS)
+    masks = constraints.masks([7, 8])
+    assert list(masks) == [7]
+    assert 8 not in masks
+    allowed = np.flatnonzero(np.unpackbits(masks[7].view(np.uint8), bitorder="little"))
+    texts = [compiler._source.token_bytes(int(i)).decode() for i in allowed]
+    assert texts
+    assert all(re.fullmatch("[0-9]{1,3}", t) for t in texts)
+    constraints.close()
+
+
+def test_compiled_grammars_are_kept(compiler):
+    assert not compiler.knows(DIGITS)
+    first, second = compiler.compile(DIGITS), compiler.compile(DIGITS)
+    assert compiler.knows(DIGITS)
+    first.consume_tokens(compiler._tokens.tokenize_str("123"))
+    assert first.is_stopped()
+    assert not second.is_stopped()
