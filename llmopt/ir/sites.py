@@ -1,0 +1,164 @@
+"""Calls whose weights may be quantized: finding them, choosing them by the checkpoint's names, putting codes in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import fx
+
+from llmopt.errors import PassError
+from llmopt.ir.module import Module
+from llmopt.ir.quant import QuantTensor
+from llmopt.ir.rewrite import arguments, aten, dialect
+from llmopt.ir.weights import checkpoint_names
+
+LINEAR, LINEAR_Q = aten.linear.default, dialect.linear_q.default
+EXPERTS, EXPERTS_Q = dialect.moe_experts.default, dialect.moe_experts_q.default
+
+
+@dataclass(frozen=True)
+class Site:
+    """A call over one weight (a linear) or two (experts)."""
+
+    node: fx.Node
+    weights: tuple[str, ...]
+
+    @property
+    def input(self) -> fx.Node:
+        """The activations the call reads, (..., K)."""
+        source = arguments(self.node)[0]
+        assert isinstance(source, fx.Node)
+        return source
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Glob patterns over the checkpoint's tensor names (``.weight`` may be left out); ``where`` is blamed in errors.
+
+    ``lm_head``: the linear that makes the logits too. ``experts``: those of ``llmopt.moe_experts`` too.
+    """
+
+    where: str
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    lm_head: bool = False
+    experts: bool = False
+
+    def sites(self, module: Module, functions: Iterable[fx.GraphModule]) -> list[tuple[fx.GraphModule, Site]]:
+        """The chosen calls in program order.
+
+        Raises PassError for a pattern without a match, a fused weight it splits, or a call it chooses by half.
+        """
+        found = [(function, site) for function in functions for site in self._candidates(function)]
+        wanted = self._wanted(module, {name for _, site in found for name in site.weights})
+        chosen = []
+        for function, site in found:
+            if wanted.issuperset(site.weights):
+                chosen.append((function, site))
+            elif half := sorted(wanted.intersection(site.weights)):
+                left = next(n for n in site.weights if n not in wanted)
+                what = f"{half[0]} is to be quantized and {left} is not, one call reads both"
+                raise PassError(what, where=self.where, hint="name both or none of them")
+        return chosen
+
+    def _candidates(self, function: fx.GraphModule) -> Iterator[Site]:
+        head = None if self.lm_head else logits_linear(function)
+        for node in function.graph.nodes:
+            slots = {LINEAR: slice(1, 2), EXPERTS: slice(3, 5)}.get(node.target)
+            if slots is None or node is head or (node.target == EXPERTS and not self.experts):
+                continue
+            weights = arguments(node)[slots]
+            if all(w.op == "get_attr" for w in weights):
+                yield Site(node, tuple(str(w.target) for w in weights))
+
+    def _wanted(self, module: Module, weights: set[str]) -> set[str]:
+        names = {weight: checkpoint_names(weight, module.weights[weight]) for weight in sorted(weights)}
+        everything = sorted({name for found in names.values() for name in found})
+        for pattern in (*self.include, *self.exclude):
+            if not any(matches(name, (pattern,)) for name in everything):
+                hint = nearest(pattern, everything)
+                raise PassError(f"pattern {pattern!r} matches no layer", where=self.where, hint=hint)
+        wanted = set()
+        for weight, found in names.items():
+            chosen = [n for n in found if matches(n, self.include) and not matches(n, self.exclude)]
+            if chosen and len(chosen) < len(found):
+                left = next(n for n in found if n not in chosen)
+                what = f"{chosen[0]} is to be quantized, {left} is not, and they are fused"
+                raise PassError(what, where=f"{self.where}, weight {weight}", hint="name all or none of them")
+            if chosen:
+                wanted.add(weight)
+        return wanted
+
+
+def layer_name(module: Module, weight: str) -> str:
+    """The checkpoint's names of a weight, for messages."""
+    return ", ".join(checkpoint_names(weight, module.weights[weight]))
+
+
+def group_of(module: Module, weight: str, group_size: int | None, where: str) -> int:
+    """Columns that share a scale: the group size, or the whole row. Raises PassError when it does not divide a row."""
+    width = module.weights[weight].shape[-1]
+    if width % (group_size or width):
+        what = f"group_size {group_size} does not divide its {width} input features"
+        place = f"{where}, layer {layer_name(module, weight)}"
+        raise PassError(what, where=place, hint="exclude it, or choose another size")
+    return group_size or width
+
+
+def by_input(sites: Sequence[Site]) -> list[list[Site]]:
+    """Linears grouped by the activations they read, in the order of each group's first call."""
+    groups: dict[fx.Node, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.input, []).append(site)
+    return sorted(groups.values(), key=lambda group: group[0].node)
+
+
+def put_codes(module: Module, function: fx.GraphModule, site: Site, tensors: Mapping[str, QuantTensor]) -> None:
+    """Replace a call by its quantized form over ``<weight>.codes``, ``.scales``, ``.zeros``, ``.g_idx``.
+
+    ``tensors``: the call's weights by name; those of experts share one format, width and rows a block.
+    """
+    parts: list[fx.Node | None] = []
+    node = site.node
+    chosen = [tensors[name] for name in site.weights]
+    for name, tensor in zip(site.weights, chosen):
+        for kind, part in (("codes", tensor.codes), ("scales", tensor.scales), ("zeros", tensor.zeros)):
+            parts.append(None if part is None else module.weight_node(function, f"{name}.{kind}", part))
+    schemes = [tensor.scheme for tensor in chosen]
+    common, blocks = (schemes[0].format, schemes[0].bits, schemes[0].block_n), [s.block_k for s in schemes]
+    given = arguments(node)
+    if node.target == LINEAR:
+        index = chosen[0].g_idx
+        g_idx = None if index is None else module.weight_node(function, f"{site.weights[0]}.g_idx", index)
+        target, args = LINEAR_Q, (given[0], *parts, given[2], g_idx, *common, *blocks)
+    else:
+        target, args = EXPERTS_Q, (*given[:3], *parts, *given[5:], *common, *blocks)
+    with function.graph.inserting_before(node):
+        new = function.graph.call_function(target, tuple(args))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    function.graph.erase_node(node)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a tensor name, or its layer's, fits one of the glob patterns."""
+    return any(fnmatchcase(n, p) for p in patterns for n in (name, name.removesuffix(".weight")))
+
+
+def nearest(pattern: str, names: list[str]) -> str:
+    """A hint: the name nearest to a pattern."""
+    near = difflib.get_close_matches(pattern.strip("*."), names, n=1, cutoff=0.3)
+    return f"did you mean {near[0]!r}?" if near else f"there are {len(names)} layers, such as {names[:1]}"
+
+
+def logits_linear(function: fx.GraphModule) -> fx.Node | None:
+    """The linear that makes the logits: the first one met from the output upwards."""
+    node = next(iter(function.graph.find_nodes(op="output"))).args[0][0]
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target == LINEAR:
+            return node
+        node = next(iter(node.all_input_nodes), None)
+    return None
