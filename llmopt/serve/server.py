@@ -43,10 +43,10 @@ class ServerOptions:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket (port 0: any free one). Raises ResourceError when the address cannot be had."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
-        listener = socket.socket(family, kind)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        # asyncio turns Nagle's algorithm off only on sockets that name TCP: without it a stream waits 40 ms to begin.
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ResourceError(f"cannot listen on {host}: {error.strerror or error}", hint="check --host") from error
     try:
