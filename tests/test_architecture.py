@@ -76,6 +76,10 @@ VIOLATIONS = {
     "llmopt/program.py": ("import torch", "the contracts of both sides need numpy at most"),
     "llmopt/serve/__init__.py": ("import llmopt.ir.module", "the runtime and the server know no compiler and no torch"),
     "llmopt/runtime/__init__.py": ("import llmopt.serve", "the server drives the runtime, never the other way"),
+    "llmopt/loadgen/__init__.py": (
+        "import llmopt.serve.wire",
+        "the load generator runs beside any server: numpy and typed errors, nothing else of llmopt",
+    ),
     "llmopt/ir/module.py": ("import llmopt.lower.fork", "compile side: ir below lower and frontend"),
     "llmopt/registry.py": ("import llmopt.cli.main", "nobody imports the command line"),
     "llmopt/recipe.py": ("import passes.eliminate_noops", "llmopt finds passes and targets through the registry only"),

@@ -1,4 +1,4 @@
-"""llmopt bench: TTFT, ms a token, throughput, bandwidth against the floor, peak memory."""
+"""llmopt bench: an artifact's TTFT, ms a token and bandwidth against the floor; ``serve``: a server's latencies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from llmopt.cli.bench_serve import serve
 from llmopt.cli.output import emit_json, emit_pairs, emit_table, human_bytes, progress_bar
 from llmopt.errors import ConfigError
 
@@ -21,7 +22,25 @@ def parse_counts(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return counts
 
 
-@click.command()
+class _DefaultGroup(click.Group):
+    """``llmopt bench ARTIFACT`` is ``llmopt bench artifact ARTIFACT``: what names no command goes to that one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command in front where none is named."""
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["artifact", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_DefaultGroup, no_args_is_help=False)
+def bench() -> None:
+    """Measure an artifact (``llmopt bench ARTIFACT``) or a running server (``llmopt bench serve URL``)."""
+
+
+bench.add_command(serve)
+
+
+@bench.command("artifact")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--prompt-len", default=256, show_default=True, type=click.IntRange(1), help="Prompt tokens a sequence.")
 @click.option("--gen-len", default=64, show_default=True, type=click.IntRange(2), help="Tokens to generate.")
@@ -32,7 +51,7 @@ def parse_counts(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @click.option("--weights", type=click.Path(path_type=Path), help="Directory of the weights, when kept outside.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--append", type=click.Path(path_type=Path), help="Append one row a batch size to this JSONL file.")
-def bench(
+def bench_artifact(
     artifact: Path,
     prompt_len: int,
     gen_len: int,
@@ -55,7 +74,7 @@ def bench(
     from llmopt.runtime.executors import load_executor
     from llmopt.target import LoadOptions
 
-    opened = Artifact.open(artifact, weights=weights)
+    opened = Artifact.open(artifact, weights=weights, defer=True)
     length = prompt_len + gen_len
     if length > opened.program.max_context:
         what = f"--prompt-len + --gen-len is {length}, the context is {opened.program.max_context}"
