@@ -78,7 +78,7 @@ VIOLATIONS = {
     "llmopt/runtime/__init__.py": ("import llmopt.serve", "the server drives the runtime, never the other way"),
     "llmopt/loadgen/__init__.py": (
         "import llmopt.serve.wire",
-        "the load generator runs beside any server: numpy and typed errors, nothing else of llmopt",
+        "the load generator knows no side of llmopt",
     ),
     "llmopt/ir/module.py": ("import llmopt.lower.fork", "compile side: ir below lower and frontend"),
     "llmopt/registry.py": ("import llmopt.cli.main", "nobody imports the command line"),

@@ -1,7 +1,8 @@
 """HTTP/1.1 as a load generator wants it: body bytes handed over with the time they arrived, little work a chunk.
 
 A general client costs 81 us a streamed chunk before anything reads it (httpx 0.28), this one 32 us with the events
-parsed: at 12,000 tokens a second the first would be all that is measured. Bytes are parsed inside ``data_received``, so a time is that of arrival, not of a task's turn.
+parsed: at 12,000 tokens a second the first would be all that is measured. Bytes are parsed inside ``data_received``,
+so a time is that of arrival, not of a task's turn.
 """
 
 from __future__ import annotations
