@@ -79,6 +79,7 @@ class Loading:
 @click.option("--system", help="System message of the chat.")
 @click.option("--input", "source", type=click.Path(path_type=Path), help="JSONL file of requests.")
 @click.option("--output", type=click.Path(path_type=Path), help="Where answers to --input go (default: stdout).")
+@click.option("--served-model-name", help="Model that lines of --input may name (default: the artifact's).")
 @click.option("--json", "as_json", is_flag=True, help="Print an answer as one JSON object instead of streaming it.")
 @options(SAMPLING, LOADING)
 def run(
@@ -88,6 +89,7 @@ def run(
     system: str | None,
     source: Path | None,
     output: Path | None,
+    served_model_name: str | None,
     as_json: bool,
     device: str,
     threads: int,
@@ -100,17 +102,19 @@ def run(
 
     A line of --input is {"prompt": ...} or {"messages": ...} with fields of the OpenAI API, which go before the
     flags here, or OpenAI's batch form {"custom_id", "method", "url", "body"}. Answers keep the order of the lines.
+    The same command resumes a run with --output that was killed.
     """
     if source is not None and (prompt is not None or chat or system is not None):
         raise click.UsageError("--input goes without --prompt, --chat and --system")
-    if output is not None and source is None:
-        raise click.UsageError("--output needs --input")
+    for flag, value in (("--output", output), ("--served-model-name", served_model_name)):
+        if value is not None and source is None:
+            raise click.UsageError(f"{flag} needs --input")
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
     loading = Loading(artifact, weights, device, threads, max_sequences or (8 if source else 1), max_context)
     fields = {**sampling, "stop": list(sampling["stop"])}
     if source is not None:
-        run_file(loading, source, output, fields)
+        run_file(loading, source, output, served_model_name, fields)
     elif chat:
         run_chat(loading, prompt, system, fields, as_json)
     else:
@@ -139,21 +143,38 @@ def run_chat(loading: Loading, prompt: str | None, system: str | None, fields: d
             messages.append({"role": "assistant", "content": answer(session, request, as_json)})
 
 
-def run_file(loading: Loading, source: Path, output: Path | None, fields: dict[str, Any]) -> None:
+def run_file(loading: Loading, source: Path, output: Path | None, served: str | None, fields: dict[str, Any]) -> None:
     """Answer a file; every line is checked before the first one runs."""
-    import contextlib
-    import json
+    import asyncio
 
-    from llmopt.serve.batch import BatchRunner, read_jobs, written_aside
+    from llmopt.artifact.digest import sha256_file
+    from llmopt.serve.batch import BatchRunner, checked, run_to_file, run_to_stream
+    from llmopt.serve.jobs import JobFile
 
-    jobs = read_jobs(source, fields)
-    with loading.open() as session, progress_bar() as progress:
-        runner = BatchRunner(session.engine, session.chat, session.artifact.manifest.model)
-        runner.check(source, jobs)
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(written_aside(output)) if output is not None else sys.stdout
-            for result in runner.run(jobs, lambda done: progress("requests", done, len(jobs))):
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    jobs = JobFile(source, fields)
+    with loading.open() as session, progress_bar() as bar:
+        name = served or session.artifact.manifest.model
+        runner = BatchRunner(session.engine.core, session.tokenizer, session.chat, name)
+        checked(jobs, runner)
+        resumed = 0
+
+        def progress(done: int, total: int) -> None:
+            bar("requests", done, total)
+
+        if output is None:
+            failures = asyncio.run(run_to_stream(runner, jobs, sys.stdout.write, progress))
+        else:
+            identity = {
+                "artifact": sha256_file(session.artifact.path / "manifest.json"),
+                "defaults": fields,
+                "model": name,
+                "max_context": loading.max_context,
+            }
+            resumed, failures = asyncio.run(run_to_file(runner, jobs, output, identity, progress))
+    if resumed:
+        click.echo(f"resumed: {resumed} of {len(jobs.lines)} requests had been answered before", err=True)
+    if failures:
+        click.echo(f"{failures} of {len(jobs.lines) - resumed} requests were refused: their lines say why", err=True)
 
 
 def answer(session: Session, request: CompletionRequest | ChatRequest, as_json: bool) -> str:

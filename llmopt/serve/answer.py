@@ -14,7 +14,7 @@ from llmopt.runtime.chat import ChatTemplate
 from llmopt.runtime.params import GenerationParams, check_params, check_prompt
 from llmopt.runtime.stream import Delta, RequestStream
 from llmopt.runtime.tokenizer import Tokenizer
-from llmopt.serve.client import EngineClient
+from llmopt.serve.client import TokenSource
 from llmopt.serve.errors import ApiError, error_body
 from llmopt.serve.prompts import request_prompts
 from llmopt.serve.requests import ChatRequest, GenerationRequest
@@ -47,7 +47,7 @@ class Choice:
 class Answer:
     """One request, validated: every error a client can cause is raised here, before any token is drawn."""
 
-    def __init__(self, request: GenerationRequest, model: Model, client: EngineClient) -> None:
+    def __init__(self, request: GenerationRequest, model: Model, client: TokenSource) -> None:
         if request.model is not None and request.model != model.name:
             what = f"the model {request.model!r} does not exist; this server serves {model.name!r}"
             raise ApiError(what, param="model", code="model_not_found", status=404)

@@ -8,6 +8,7 @@ import itertools
 import socket
 import subprocess
 from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Protocol
 
 from llmopt.errors import ExecutorError, LlmoptError, RequestError
 from llmopt.runtime.core import TokenOutput
@@ -17,6 +18,14 @@ from llmopt.serve.wire import WireError as Closed
 
 STOP_SECONDS = 10.0
 """How long the engine process may take to exit once told to."""
+
+
+class TokenSource(Protocol):
+    """What answers requests by tokens: an engine process, or an engine in this one."""
+
+    def generate(self, prompt: list[int], params: GenerationParams) -> AsyncGenerator[TokenOutput, None]:
+        """Tokens of one request as they come. Leaving early cancels it. Raises RequestError or ExecutorError."""
+
 
 _Item = TokenOutput | LlmoptError
 

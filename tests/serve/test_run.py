@@ -113,7 +113,7 @@ def test_a_file_of_requests(llmopt, answers, tmp_path):
         {"messages": [{"role": "user", "content": "Hi"}], "custom_id": "b"},
         {"custom_id": "c", "method": "POST", "url": "/v1/completions",
          "body": {"prompt": ["Call me", "Hi"], "max_tokens": 5, "temperature": 0, "n": 2}},
-        {"custom_id": "d", "url": "/v1/chat/completions",
+        {"custom_id": "d", "method": "POST", "url": "/v1/chat/completions",
          "body": {"messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 3, "temperature": 0}},
     ]  # fmt: skip
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -152,6 +152,12 @@ def test_a_file_of_requests(llmopt, answers, tmp_path):
         (b'{"prompt": "a", "n": 2}', "line 3: several answers to one line need the batch form"),
         (b'{"custom_id": "x", "url": "/v1/embeddings", "body": {}}', "line 3: cannot POST to /v1/embeddings"),
         (b'{"custom_id": "x", "url": "/v1/completions"}', "line 3: the body must be a JSON object"),
+        (b'{"url": "/v1/completions", "body": {}}', "line 3: the batch form needs a custom_id"),
+        (b'{"custom_id": "x", "url": "/v1/completions", "body": {}, "boby": 1}', "line 3: unknown field 'boby' beside"),
+        (
+            b'{"prompt": "a", "custom_id": "x"}\n{"prompt": "a", "custom_id": "x"}',
+            "line 4: custom_id 'x' is that of line 3",
+        ),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_written(llmopt, tmp_path, line, message):
@@ -164,26 +170,53 @@ def test_a_bad_line_is_named_and_nothing_is_written(llmopt, tmp_path, line, mess
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_an_output_that_exists_survives_a_failure(llmopt, tmp_path, monkeypatch):
-    from llmopt.serve import batch
+def test_an_output_that_exists_survives_a_failure_and_the_rest_is_done_later(llmopt, tmp_path, monkeypatch):
+    from llmopt.serve import journal
 
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     target.write_text("old")
-    render, calls = batch._render, []
+    command = ("--input", source, "--output", target, "--max-tokens", 2, "--max-sequences", 1)
+    with monkeypatch.context() as patch:
+        add, calls = journal.Journal.add, []
 
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        return render(*arguments)
+        def failing(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            return add(*arguments)
 
-    monkeypatch.setattr(batch, "_render", failing)
-    code, _, err = llmopt("--input", source, "--output", target, "--max-tokens", 2)
+        patch.setattr(journal.Journal, "add", failing)
+        code, _, err = llmopt(*command)
     assert code == 10
     assert "No space left" in err
     assert target.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.partial"]
+    assert "holds the results of another run" in llmopt(*command, "--temperature", 1)[2]
+    assert llmopt(*command) == (0, "", "resumed: 1 of 2 requests had been answered before\n")
+    assert target.read_text() == llmopt(*command[:2], *command[4:])[1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_what_the_api_would_refuse_is_answered_in_its_line(llmopt, answers, tmp_path):
+    source = tmp_path / "in.jsonl"
+    bodies = [
+        {"prompt": "a", "temperatur": 1},
+        {"prompt": "a", "stream": True},
+        {"prompt": [1] * 201},
+        {"prompt": "a", "model": "gpt"},
+        {"prompt": "Call me", "model": "whale", "max_tokens": 3, "temperature": 0},
+    ]
+    lines = [{"custom_id": str(i), "url": "/v1/completions", "body": body} for i, body in enumerate(bodies)]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    code, out, err = llmopt("--input", source, "--served-model-name", "whale")
+    assert (code, err) == (0, "4 of 5 requests were refused: their lines say why\n")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [f["custom_id"] for f in found] == list("01234")
+    assert [f["response"]["status_code"] for f in found] == [400, 400, 400, 404, 200]
+    assert [f["response"]["body"]["error"]["param"] for f in found[:2]] == ["temperatur", "stream"]
+    assert "201 tokens" in found[2]["response"]["body"]["error"]["message"]
+    assert found[4]["response"]["body"]["choices"][0]["text"] == answers("Call me", 3).text
 
 
 @pytest.mark.parametrize(
@@ -197,6 +230,7 @@ def test_an_output_that_exists_survives_a_failure(llmopt, tmp_path, monkeypatch)
         (["--input", "/dev/null"], 11, "the file holds no requests"),
         (["--input", "x", "-p", "a"], 2, "--input goes without --prompt"),
         (["--output", "x"], 2, "--output needs --input"),
+        (["--served-model-name", "x", "-p", "a"], 2, "--served-model-name needs --input"),
         (["--system", "x", "-p", "a"], 2, "--system needs --chat"),
         (["-p", "a", "--weights", "/tmp"], 9, "weights"),
         (["-p", "a", "--device", "cuda"], 10, ""),
