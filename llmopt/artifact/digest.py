@@ -1,11 +1,9 @@
-"""Digests: sha256 of files, and of large files by chunk so that checking runs on every core."""
+"""Digests: sha256 of files, and of large files by chunk so that they can be checked on every core (chunks.py)."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CHUNK_BYTES = 16 << 20
@@ -55,21 +53,3 @@ class ChunkHasher:
     def _flush(self) -> None:
         self._digests.append(self._current.hexdigest())
         self._current, self._filled = hashlib.sha256(), 0
-
-
-def bad_chunks(path: Path, chunk_bytes: int, expected: Sequence[str]) -> list[int]:
-    """Indices of the chunks of a file whose digest is not the expected one, hashed on all cores.
-
-    The file's size must have been checked. hashlib and pread release the GIL, so threads suffice.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-
-        def differs(index: int) -> bool:
-            data = os.pread(descriptor, chunk_bytes, index * chunk_bytes)
-            return sha256(data) != expected[index]
-
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return [i for i, bad in enumerate(pool.map(differs, range(len(expected)))) if bad]
-    finally:
-        os.close(descriptor)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmopt.artifact.digest import bad_chunks, sha256_file, tree_digest
+from llmopt.artifact.chunks import Chunks
+from llmopt.artifact.digest import sha256_file
 from llmopt.artifact.manifest import FileEntry, Manifest, WeightsEntry
 from llmopt.artifact.stores import FileStore, RandomStore
 from llmopt.artifact.tensorfile import read_layout
@@ -28,18 +29,23 @@ MANIFEST, PROGRAM, REPORT, RECIPE, WEIGHTS = (
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened artifact. ``weights_path`` is its weights.safetensors, inside or where it was attached."""
+    """An opened artifact. ``weights_path`` is its weights.safetensors, inside or where it was attached; ``unchecked``
+    the digests of its chunks, when they were deferred."""
 
     path: Path
     manifest: Manifest
     program: Program
     weights_path: Path
+    unchecked: Chunks | None = None
 
     @staticmethod
-    def open(path: Path | str, *, weights: Path | str | None = None, verify: bool = True) -> Artifact:
+    def open(
+        path: Path | str, *, weights: Path | str | None = None, verify: bool = True, defer: bool = False
+    ) -> Artifact:
         """Open a directory. ``weights``: a directory holding the weights.safetensors the manifest names by digest.
 
         ``verify`` False skips the digests of files and weights (sizes, format and manifest are always checked).
+        ``defer``: leave the digests of the weights to ``load_executor``, which may check them while it copies.
         Raises ArtifactError saying what was expected and what was found, in which file.
         """
         root = Path(path)
@@ -50,8 +56,18 @@ class Artifact:
             _check_files(root, manifest.files)
         program = Program.from_json(_read_text(root, PROGRAM))
         source = _weights_file(root, manifest.weights, Path(weights) if weights is not None else None)
-        _check_weights(source, manifest.weights, verify)
-        return Artifact(root, manifest, program, source)
+        named = source.name if manifest.weights.kind != "external" else str(source)
+        chunks = Chunks(source, manifest.weights, named)
+        _check_size(source, named, manifest.weights.bytes)
+        chunks.check_consistent()
+        opened = Artifact(root, manifest, program, source, chunks if verify else None)
+        return opened if defer else opened.checked()
+
+    def checked(self) -> Artifact:
+        """The artifact once the digests of its weights are checked; raises ArtifactError."""
+        if self.unchecked is not None:
+            self.unchecked.check_all()
+        return replace(self, unchecked=None)
 
     def file(self, name: str) -> Path:
         """Path of a file of the artifact; raises ArtifactError when the manifest does not list it."""
@@ -126,26 +142,3 @@ def _weights_file(root: Path, entry: WeightsEntry, attached: Path | None) -> Pat
     if not (attached / WEIGHTS).is_file():
         raise ArtifactError(f"expected {WEIGHTS}, found none", where=str(attached))
     return attached / WEIGHTS
-
-
-def _check_weights(path: Path, entry: WeightsEntry, verify: bool) -> None:
-    where = path.name if entry.kind != "external" else str(path)
-    _check_size(path, where, entry.bytes)
-    if len(entry.chunks) != -(-entry.bytes // entry.chunk_bytes) or tree_digest(entry.chunks) != entry.digest:
-        raise ArtifactError("the digests of the weights contradict each other", where=MANIFEST)
-    if not verify:
-        return
-    if bad := bad_chunks(path, entry.chunk_bytes, entry.chunks):
-        tensors = _tensors_in(path, bad[0] * entry.chunk_bytes, entry.chunk_bytes)
-        what = f"chunk {bad[0]} of {len(entry.chunks)} ({tensors}) is not what the manifest names"
-        raise ArtifactError(f"{what}: expected sha256 {entry.chunks[bad[0]]}", where=where)
-
-
-def _tensors_in(path: Path, start: int, length: int) -> str:
-    """Names of the tensors a chunk overlaps, for the message."""
-    try:
-        entries = read_layout(path).entries
-    except ArtifactError:
-        return "header"
-    names = [n for n, e in entries.items() if e.offset < start + length and e.offset + e.nbytes > start]
-    return ", ".join([*names[:3], *(["…"] if len(names) > 3 else [])]) or "header"

@@ -48,7 +48,7 @@ def evaluate(
     from llmopt.runtime.executors import load_executor
     from llmopt.target import LoadOptions
 
-    opened = Artifact.open(artifact, weights=weights)
+    opened = Artifact.open(artifact, weights=weights, defer=True)
     if window > opened.program.max_context:
         raise ConfigError(f"--window {window} exceeds the context of {opened.program.max_context}", where=str(artifact))
     windows = split_windows(tokenize(opened, text), window, tokens)
@@ -99,7 +99,7 @@ def open_baseline(path: Path | None, window: int, threads: int) -> Iterator[Exec
         from llmopt.artifact import Artifact
         from llmopt.runtime.executors import load_executor
 
-        executor = load_executor(Artifact.open(path), options)
+        executor = load_executor(Artifact.open(path, defer=True), options)
     else:
         from llmopt.report.baseline import reference_executor
 

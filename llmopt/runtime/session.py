@@ -50,7 +50,7 @@ def open_session(path: Path | str, options: LoadOptions, weights: Path | str | N
 
     Raises ArtifactError, TargetError, ResourceError or ExecutorError, each saying what is wrong.
     """
-    artifact = Artifact.open(path, weights=weights)
+    artifact = Artifact.open(path, weights=weights, defer=True)
     tokenizer = load_tokenizer(artifact)
     executor = load_executor(artifact, options)
     engine = Engine(executor, tokenizer, artifact.manifest.eos_token_ids)

@@ -47,7 +47,7 @@ def load_core(options: EngineOptions) -> EngineCore:
     from llmopt.artifact import Artifact
     from llmopt.runtime.executors import load_executor
 
-    artifact = Artifact.open(options.artifact, weights=options.weights)
+    artifact = Artifact.open(options.artifact, weights=options.weights, defer=True)
     return EngineCore(load_executor(artifact, options.load), artifact.manifest.eos_token_ids)
 
 

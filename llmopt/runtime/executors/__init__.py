@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def load_executor(artifact: Artifact, options: LoadOptions) -> Executor:
     """The executor of an artifact's target, loaded and ready.
 
-    A target without a module here brings its own (targets/<name>/executor.py). Raises TargetError for an unknown
+    A target without a module here brings its own (targets/<name>/executor.py). Digests that were deferred are checked
+    first, unless the module says CHECKS_WEIGHTS: then it does so while it reads. Raises TargetError for an unknown
     target, ResourceError when the target's library is not installed, and whatever the executor finds wrong.
     """
     name = artifact.manifest.target
@@ -37,5 +38,7 @@ def load_executor(artifact: Artifact, options: LoadOptions) -> Executor:
         raise ResourceError(f"target {name} needs {error.name}, which is not installed", hint=hint) from error
     if not hasattr(module, "load"):
         raise TargetError(f"unknown target {name!r}", where="manifest.json")
+    if not getattr(module, "CHECKS_WEIGHTS", False):
+        artifact = artifact.checked()
     executor: Executor = module.load(artifact, options)
     return executor

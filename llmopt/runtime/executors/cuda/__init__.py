@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from llmopt.artifact.digest import sha256
@@ -25,39 +26,66 @@ log = logging.getLogger("llmopt.cuda")
 __all__ = ["CudaExecutor", "load"]
 
 
+CHECKS_WEIGHTS = True
+"""Digests that Artifact.open deferred are checked here, while the weights are copied."""
+
+
+class Stages:
+    """Seconds of each stage of a load, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """Close a stage."""
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+
 def load(artifact: Artifact, options: LoadOptions) -> CudaExecutor:
-    """The executor of an artifact, its golden tokens reproduced.
+    """The executor of an artifact, its golden tokens reproduced. The last log record carries ``stages`` in seconds.
 
     Raises ResourceError (no driver or GPU, too old, arch not in the artifact, memory short), ArtifactError, or
     ExecutorError when the device computes the model wrongly.
     """
-    clock = time.perf_counter()
-    notes = artifact.manifest.notes
+    stages = Stages()
+    notes, program = artifact.manifest.notes, artifact.program
     device = open_device(options.device)
     check_driver(device.driver, int(notes["cuda"]))
     arch = pick_arch(device.arch, tuple(notes["archs"]))
+    stages.end("device")
     plan = LaunchPlan.from_json(artifact.file(plan_file(arch)).read_text("utf-8"))
-    program = artifact.program
     context = min(options.max_context or program.max_context, program.max_context)
     where = layout(plan, weights_region(program))
+    stages.end("plan")
     free, _ = device.free_bytes()
     budget = Budget(where.weights.size, where.arena_bytes, where.input_bytes, free, options.kv_bytes)
     blocks = size_blocks(program.states, budget, options.max_sequences, context)
     log.info("%s, %s", device.name, describe_states(program.states, blocks, context))
     backend = GpuBackend(program, plan, device, where, blocks, lambda name: cubin(artifact, name))
+    stages.end("memory")
     try:
-        load_weights(program, artifact.weight_store(), where.weights, backend.weights, device.context, options.threads)
-        loaded = time.perf_counter()
         executor = CudaExecutor(program, plan, backend, options.max_sequences, context)
-        backend.capture([i for i in executor.buckets.decode if worth(plan, i, executor)])
-        log.info(
-            "weights %.2f GB in %.2f s, %d graphs in %.2f s",
-            where.weights.size / 1e9, loaded - clock, len(backend.bound), time.perf_counter() - loaded,
-        )  # fmt: skip
+        with ThreadPoolExecutor(1) as background:
+            copy = background.submit(
+                load_weights, program, artifact.weight_store(), where.weights, backend.weights, device.context,
+                options.threads, artifact.unchecked,
+            )  # fmt: skip
+            backend.capture([i for i in executor.buckets.decode if worth(plan, i, executor)])
+            stages.end("graphs")
+            copy.result()
+        stages.end("weights")
         check_golden(executor, artifact.manifest.golden, dtype=artifact.manifest.dtype)
+        stages.end("golden")
     except LlmoptError:
-        release(backend)
+        backend.close()
         raise
+    spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.seconds.items())
+    log.info(
+        "%.2f GB of weights, %d graphs: %s",
+        where.weights.size / 1e9, len(backend.bound), spent, extra={"stages": stages.seconds},
+    )  # fmt: skip
     return executor
 
 
@@ -73,11 +101,3 @@ def cubin(artifact: Artifact, name: str) -> bytes:
     if (found := sha256(data)) != (expected := artifact.manifest.files[name].sha256):
         raise ArtifactError(f"expected sha256 {expected}, found {found}", where=name)
     return data
-
-
-def release(backend: GpuBackend) -> None:
-    """Free what a failed load took; the first error is the one to report."""
-    try:
-        backend.close()
-    except LlmoptError:
-        log.info("the device could not be cleaned up")

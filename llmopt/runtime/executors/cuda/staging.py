@@ -12,9 +12,9 @@ from llmopt.artifact.dtypes import numpy_dtype
 from llmopt.launch import View
 from llmopt.program import dtype_bytes
 from llmopt.runtime.executors.cuda.driver import call
+from llmopt.runtime.executors.cuda.lanes import Pinned
 from llmopt.runtime.executors.cuda.layout import Region
 from llmopt.runtime.executors.cuda.steps import Arrays
-from llmopt.runtime.executors.cuda.weights import Pinned
 from llmopt.runtime.protocol import FloatArray, IntArray
 
 

@@ -1,0 +1,140 @@
+"""What goes wrong on a machine, through the command line: one clear line, a documented exit code, no traceback."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cuda.bindings import driver as real
+
+from llmopt.artifact import WeightsPlan
+from llmopt.cli.main import run
+from llmopt.runtime.executors.cuda import driver
+from tests.targets.cuda.fake_builds import compile_without_compiler
+from tests.targets.cuda.fake_driver import FakeDriver
+
+RESOURCE, EXECUTOR, ARTIFACT, CONFIG = 10, 12, 9, 3
+ERROR = real.CUresult
+
+
+@pytest.fixture(scope="module")
+def artifact(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seeded weights: no golden tokens, which kernels that do nothing would miss."""
+    return compile_without_compiler(embedded_model, tmp_path_factory.mktemp("cuda") / "a", WeightsPlan("random"))
+
+
+def generate(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, fake: FakeDriver, *more: str, device: str = "cuda"
+) -> int:
+    """Exit code of llmopt run on a fake driver."""
+    monkeypatch.setattr(driver, "cu", fake)
+    return run(["run", str(artifact), "--device", device, "--prompt", "The old house", "--max-tokens", "4", *more])
+
+
+def test_the_fake_driver_runs_a_model(artifact: Path, monkeypatch: Any, capsys: Any) -> None:
+    fake = FakeDriver()
+    assert generate(artifact, monkeypatch, fake, "--json") == 0
+    assert '"tokens": [0, 0, 0, 0]' in capsys.readouterr().out
+    assert "cuLaunchKernelEx" in fake.calls
+    assert "cuGraphLaunch" in fake.calls
+    assert not fake.memory, "everything allocated was freed"
+
+
+H200 = ("NVIDIA H200", 90)
+MACHINES: dict[str, tuple[FakeDriver, int, str]] = {
+    "no driver": (
+        FakeDriver(faults={"cuInit": (0, RuntimeError("libcuda.so.1 was not found"))}),
+        RESOURCE,
+        r"no NVIDIA driver on this machine",
+    ),
+    "no gpu": (FakeDriver(faults={"cuInit": (0, ERROR.CUDA_ERROR_NO_DEVICE)}), RESOURCE, r"no usable GPU.*nvidia-smi"),
+    "driver too old": (FakeDriver(version=11080), RESOURCE, r"driver supports CUDA 11\.8, .* need CUDA \d+\.0"),
+    "arch not in the artifact": (
+        FakeDriver(devices=(("NVIDIA B200", 100),)),
+        RESOURCE,
+        r"this GPU is sm_100, the artifact holds kernels for sm_80, sm_90 .*archs: \[100\]",
+    ),
+    "too little memory": (
+        FakeDriver(free=500 << 20),
+        RESOURCE,
+        r"plan needs [\d.]+ GB .* but 0\.52 GB are free: [\d.]+ GB short \(lower --max-context",
+    ),
+    "taken by another process": (
+        FakeDriver(faults={"cuMemAlloc": (1, ERROR.CUDA_ERROR_OUT_OF_MEMORY)}),
+        RESOURCE,
+        r"the GPU is out of memory.*nvidia-smi",
+    ),
+    "illegal address": (
+        FakeDriver(faults={"cuEventSynchronize": (2, ERROR.CUDA_ERROR_ILLEGAL_ADDRESS)}),
+        EXECUTOR,
+        r"a kernel touched memory that is not its own .*ILLEGAL_ADDRESS.*the engine is dead .*restart",
+    ),
+    "ecc error": (
+        FakeDriver(faults={"cuGraphLaunch": (1, ERROR.CUDA_ERROR_ECC_UNCORRECTABLE)}),
+        EXECUTOR,
+        r"memory has an uncorrectable error .*the engine is dead",
+    ),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_broken_machine_is_one_line_and_a_code(machine: str, artifact: Path, monkeypatch: Any, capsys: Any) -> None:
+    template, code, words = MACHINES[machine]
+    fake = FakeDriver(template.devices, template.version, template.free, template.faults)
+    assert generate(artifact, monkeypatch, fake) == code
+    printed = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]*\n", printed)
+    assert re.search(words, printed)
+    if code == RESOURCE:
+        assert "cuMemcpyHtoDAsync" not in fake.calls, "it failed before loading"
+
+
+def test_the_shortage_is_what_is_missing(artifact: Path, monkeypatch: Any, capsys: Any) -> None:
+    def shortage(free: int) -> float:
+        assert generate(artifact, monkeypatch, FakeDriver(free=free)) == RESOURCE
+        found = re.search(r"([\d.]+) GB short", capsys.readouterr().err)
+        assert found
+        return float(found[1])
+
+    assert shortage(100 << 20) - shortage(400 << 20) == pytest.approx(300 * 2**20 / 1e9, abs=0.02)
+
+
+def test_another_arch_of_the_generation_runs(artifact: Path, monkeypatch: Any) -> None:
+    assert generate(artifact, monkeypatch, FakeDriver(devices=(("NVIDIA A10", 86),))) == 0
+
+
+TWO = (H200, ("NVIDIA A100", 80))
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "code", "words"),
+    [
+        (None, "cuda:1", 0, "NVIDIA A100"),
+        (None, "cuda", 0, "NVIDIA H200"),
+        ("1", "cuda", 0, "NVIDIA A100"),
+        ("1", "cuda:1", RESOURCE, "no GPU 1: 1 visible"),
+        ("", "cuda", RESOURCE, "no GPU 0: 0 visible"),
+        (None, "cpu", CONFIG, "does not run on device 'cpu'"),
+        (None, "cuda:x", CONFIG, "does not run on device 'cuda:x'"),
+    ],
+)
+def test_device_and_visible_devices_are_respected(
+    visible: str | None, device: str, code: int, words: str, artifact: Path, monkeypatch: Any, capsys: Any, caplog: Any
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    caplog.set_level("INFO", "llmopt.cuda")
+    assert generate(artifact, monkeypatch, FakeDriver(TWO), device=device) == code
+    assert words in caplog.text + capsys.readouterr().err
+
+
+def test_a_damaged_cubin_is_named(artifact: Path, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    victim = next((copy / "kernels" / "sm_90").iterdir())
+    victim.write_bytes(b"wrong 1")
+    assert generate(copy, monkeypatch, FakeDriver()) == ARTIFACT
+    assert victim.name in capsys.readouterr().err
