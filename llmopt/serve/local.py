@@ -8,6 +8,9 @@ from collections.abc import AsyncGenerator
 from llmopt.runtime.core import EngineCore, TokenOutput
 from llmopt.runtime.params import GenerationParams
 
+SETTLE = 16
+"""Turns of the event loop after a step that ended a request: enough for its answer to be complete, and the next begun."""
+
 _Item = TokenOutput | Exception
 
 
@@ -41,11 +44,13 @@ class LocalClient:
         """Until nobody waits. A step that fails ends every request."""
         try:
             while self._queues:
-                for output in self._core.step():
+                outputs = self._core.step()
+                for output in outputs:
                     self._give(output.request_id, output)
                 for failure in self._core.failures():
                     self._give(failure.request_id, failure.error)
-                await asyncio.sleep(0)
+                for _ in range(SETTLE if any(output.finish_reason for output in outputs) else 1):
+                    await asyncio.sleep(0)
         except Exception as error:
             for request in self._queues:
                 self._give(request, error)

@@ -175,11 +175,10 @@ def test_kill_dash_9(embedded_model, root, tmp_path):
             kills += 1
         assert process.wait(30) in (0, -9)
         process.stdout.close()
-        if process.returncode == 0:
+        if target.exists():  # it may have been killed on its way out, with all done
             break
-    assert process.returncode == 0
     assert kills >= 3
     assert answers(target) == answers(tmp_path / "whole.jsonl")
-    # work is redone for what ran when a kill came, never for what was answered: 8 run ahead at most
+    # what ran when a kill came is redone, never what was answered: 4 run at once, and 4 may have ended in that step
     assert 59 <= len(log.read_text().splitlines()) <= 59 + 8 * kills
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "log", "out.jsonl", "whole.jsonl"]
