@@ -14,6 +14,7 @@ from torch import fx
 
 from llmopt.errors import PassError
 from llmopt.ir.module import Module
+from llmopt.ir.samples import Calibration
 from llmopt.ir.text import print_function
 from llmopt.ir.verify import refresh, signature, verify
 from llmopt.target import TargetInfo
@@ -21,10 +22,15 @@ from llmopt.target import TargetInfo
 
 @dataclass(frozen=True)
 class PassContext:
-    """What a pass may know beside the module: the target's abilities and the compute dtype."""
+    """What a pass may know beside the module: the target's abilities, the compute dtype, and calibration windows.
+
+    ``shapes_only``: weights cannot be read (``llmopt plan``); calibrating passes then make shapes without windows.
+    """
 
     target: TargetInfo
     dtype: torch.dtype
+    calibration: Calibration | None = None
+    shapes_only: bool = False
 
 
 @dataclass(frozen=True)

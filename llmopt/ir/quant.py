@@ -18,6 +18,9 @@ from llmopt.program import WeightPart
 ELEMENTS = 1 << 22
 """Elements quantized at a time: 16 MiB of fp32, a few of which are alive."""
 
+FP8_MAX = 448.0
+"""Largest finite value of FP8 E4M3."""
+
 RECENT = 4
 """Tensors whose scales stay in memory: enough for a writer that takes codes, scales and zeros in turn."""
 
@@ -140,11 +143,12 @@ class QuantPart(Weight):
 
 
 class RoundToNearest:
-    """Quantizes a weight (..., N, K) to integers while it is read, in pieces of ELEMENTS.
+    """Quantizes a weight (..., N, K) to integers or FP8 while it is read, in pieces of ELEMENTS.
 
-    Symmetric: scale = max|w| / (2^(bits-1) - 1), codes 1 to 2^bits - 1 about 2^(bits-1). With zero points: scale =
-    (max - min) / (2^bits - 1) over a range that includes 0, zero = round(-min / scale). Ties round to even. Scales
-    are rounded to the scheme's dtype before they are used, so codes fit the scale that is stored.
+    Symmetric: scale = max|w| / 2^(bits-1), the top of the range clipped to 2^(bits-1) - 1 steps. With zero points:
+    scale = (max - min) / (2^bits - 1) over a range that includes 0, zero = round(-min / scale). FP8: scale =
+    max|w| / 448. Ties round to even. Scales are rounded to the scheme's dtype before they are used, so codes fit the
+    scale that is stored.
 
     Scales and zeros found on the way are kept for the RECENT tensors read last: a writer that reads codes, then
     scales, then zeros measures the source once.
@@ -154,8 +158,8 @@ class RoundToNearest:
 
     def __init__(self, name: str, weight: Weight, scheme: Scheme) -> None:
         """``name`` is blamed for values that are not finite. Raises ValueError when the block does not divide."""
-        if scheme.format != "int" or scheme.permuted:
-            raise ValueError("round-to-nearest makes integers with scales in column order")
+        if scheme.format == "mxfp4" or scheme.permuted:
+            raise ValueError("round-to-nearest makes integers and fp8 with scales in column order")
         self.name, self.weight, self.scheme = name, weight, scheme
         self.stat_shape = scheme.scale_shape(weight.shape)
         self.step = scheme.block_n if len(weight.shape) == 2 else 1
@@ -168,14 +172,13 @@ class RoundToNearest:
 
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes of rows [start, stop) of axis 0."""
-        out = torch.empty((stop - start, *self.weight.shape[1:]), dtype=torch.uint8)
-        bottom, top = int(self.scheme.symmetric), 2**self.scheme.bits - 1
+        out = torch.empty((stop - start, *self.weight.shape[1:]), dtype=self.scheme.code_dtype)
         for low, high, blocks in self._pieces(start, stop):
             scale, zero = self._measure(low, high, blocks)
-            codes = blocks.div_(spread(scale)).round_().add_(spread(zero)).clamp_(bottom, top)
+            codes = round_codes(blocks, spread(scale), spread(zero), self.scheme)
             first, last = max(low, start), min(high, stop)
             piece = codes.reshape(high - low, *self.weight.shape[1:])[first - low : last - low]
-            out[first - start : last - start] = piece.to(torch.uint8)
+            out[first - start : last - start] = piece
         return out
 
     def stats(self, kind: Literal["scales", "zeros"], start: int, stop: int) -> Tensor:
@@ -202,7 +205,7 @@ class RoundToNearest:
         """fp32 scales and zeros of a piece, kept for ``stats``."""
         kept, rows = self._buffers(), slice(low // self.step, high // self.step)
         if not bool(kept["known"][rows].all()):
-            scale, zero = integer_range(blocks, self.scheme)
+            scale, zero = block_range(blocks, self.scheme)
             if not bool(scale.isfinite().all()):
                 raise CheckpointError("weights hold NaN or infinity", where=f"tensor {self.name}")
             kept["scales"][rows], kept["zeros"][rows], kept["known"][rows] = scale, zero.to(torch.uint8), True
@@ -221,20 +224,31 @@ class RoundToNearest:
         return self._kept
 
 
-def integer_range(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def block_range(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Scales (fp32 values of the scheme's dtype) and zeros of blocks (..., N/block_n, block_n, K/block_k, block_k)."""
     low, high = blocks.amin((-3, -1)), blocks.amax((-3, -1))
-    if scheme.symmetric:
-        scale = torch.maximum(-low, high) / (2 ** (scheme.bits - 1) - 1)
+    if scheme.format == "fp8_e4m3":
+        scale = torch.maximum(-low, high) / FP8_MAX
+    elif scheme.symmetric:
+        scale = torch.maximum(-low, high) / 2 ** (scheme.bits - 1)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / (2**scheme.bits - 1)
     info = torch.finfo(scheme.scale_dtype)
     smallest = info.smallest_normal * info.eps  # below it a scale would be stored as 0
     scale = torch.where(scale == 0, 1.0, scale.clamp(min=smallest)).to(scheme.scale_dtype).float()
+    if scheme.format == "fp8_e4m3":
+        return scale, torch.zeros_like(scale)
     if scheme.symmetric:
         return scale, torch.full_like(scale, 2 ** (scheme.bits - 1))
     return scale, (-low / scale).round().clamp(0, 2**scheme.bits - 1)
+
+
+def round_codes(values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """Codes of fp32 values under scales and zeros that broadcast with them, in the scheme's dtype."""
+    if scheme.format == "fp8_e4m3":
+        return (values / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (values / scale).round_().add_(zero).clamp_(0, 2**scheme.bits - 1).to(torch.uint8)
 
 
 def spread(stat: Tensor) -> Tensor:

@@ -187,9 +187,58 @@ class Sliced(Weight):
         return tuple(found)
 
 
+@dataclass(frozen=True)
+class Scaled(Weight):
+    """``(weight + offset) * factor - offset``, in the weight's dtype; ``factor`` (n,) runs along one axis.
+
+    Exact but for one rounding to the dtype. ``offset``: what a norm adds to its weight before it multiplies.
+    """
+
+    source: Weight
+    axis: int
+    factor: Tensor
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.factor.shape != (self.source.shape[self.axis],):
+            raise ValueError(f"{tuple(self.factor.shape)} factors for axis {self.axis} of {self.source.shape}")
+        object.__setattr__(self, "shape", self.source.shape)
+        object.__setattr__(self, "dtype", self.source.dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        axis = self.axis % len(self.shape)
+        factor = self.factor[start:stop] if axis == 0 else self.factor
+        factor = factor.reshape([-1 if i == axis else 1 for i in range(len(self.shape))])
+        rows = self.source.read(start, stop).float()
+        return ((rows + self.offset) * factor - self.offset).to(self.dtype)
+
+    def parts(self) -> tuple[WeightPart, ...]:
+        return self.source.parts()
+
+
+@dataclass(frozen=True)
+class Clipped(Weight):
+    """A matrix (N, K) whose groups of columns are clipped to ± their limit; ``limits`` (N, groups)."""
+
+    source: Weight
+    limits: Weight
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.source.shape)
+        object.__setattr__(self, "dtype", self.source.dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        rows, limits = self.source.read(start, stop), self.limits.read(start, stop)[..., None]
+        groups = rows.float().reshape(*limits.shape[:2], -1)
+        return groups.clamp(-limits, limits).reshape(rows.shape).to(self.dtype)
+
+    def parts(self) -> tuple[WeightPart, ...]:
+        return self.source.parts()
+
+
 def checkpoint_names(name: str, weight: Weight) -> tuple[str, ...]:
     """The checkpoint tensors a weight is made of, in order; ``name``, its own, where it does not say."""
-    if isinstance(weight, Cast | Transposed | Sliced):
+    if isinstance(weight, Cast | Transposed | Sliced | Scaled | Clipped):
         return checkpoint_names(name, weight.source)
     if isinstance(weight, Concat | ConcatColumns):
         found = [n for source in weight.sources for n in checkpoint_names(name, source)]

@@ -1,0 +1,92 @@
+"""What every calibrating pass does: checks, groups of linears in walking order, results kept for a resumed run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from llmopt.calibration.spool import SavedSet, Spool
+from llmopt.calibration.walk import Walk
+from llmopt.errors import PassError
+from llmopt.ir.module import Module
+from llmopt.ir.pass_manager import Pass, PassContext
+from llmopt.ir.samples import Calibration
+from llmopt.ir.sites import Site, by_input, layer_name
+from llmopt.ir.text import print_function
+
+
+def require_calibration(pass_: Pass, module: Module, ctx: PassContext) -> None:
+    """Raise PassError unless there are token windows, and one function without KV states to run them through."""
+    where = f"pass {pass_.name}"
+    if ctx.calibration is None and not ctx.shapes_only:
+        raise PassError("there is no calibration text", where=where, hint="give --calibration FILE")
+    if len(list(pass_.served(module))) > 1 or module.states:
+        raise PassError("calibration needs one function without KV states", where=where, hint="list it earlier")
+
+
+@dataclass
+class Group:
+    """Linears that read one input, with the walk standing before the first of them."""
+
+    index: int
+    sites: list[Site]
+    walk: Walk
+    layer: str
+
+    @property
+    def input(self) -> fx.Node:
+        """What the linears read, (1, T, K)."""
+        return self.sites[0].input
+
+    def rows(self) -> Iterator[Tensor]:
+        """The input's rows (T, K), fp32, window by window. Raises PassError naming the layer for NaN and infinity."""
+        for value in self.walk.values(self.input):
+            rows = value.reshape(-1, value.shape[-1]).float()
+            if not bool(rows.isfinite().all()):
+                raise PassError("the activations hold NaN or infinity", where=f"calibration, layer {self.layer}")
+            yield rows
+
+    def saved(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> SavedSet:
+        """A named result of this group, computed unless an earlier run left it."""
+        return self.walk.spool.saved(f"group{self.index}-{name}", compute)
+
+
+def walk_groups(
+    pass_: Pass, module: Module, function: fx.GraphModule, sites: list[Site], calibration: Calibration
+) -> Iterator[Group]:
+    """The sites' groups in program order, each with its activations ready.
+
+    A consumer rewrites a group before it takes the next one: later activations come from what was put in.
+    """
+    text = print_function(module, next(name for name, found in module.functions.items() if found is function))
+    state = f"{calibration.key}\n{pass_!r}\n{calibration.windows.tolist()}\n{text}"
+    digest = hashlib.sha256(state.encode()).hexdigest()
+    walk = Walk(module, function, calibration, Spool(calibration.folder / f"{pass_.name}-{digest[:16]}", digest))
+    groups = by_input(sites)
+    for index, group in enumerate(groups):
+        layer = layer_name(module, group[0].weights[0])
+        walk.advance(group[0].node, f"{pass_.name} {index + 1}/{len(groups)}")
+        yield Group(index, group, walk, layer)
+
+
+def gram(rows: Iterator[Tensor]) -> Tensor:
+    """Sum of x xᵀ over rows (T, K): (K, K) fp32."""
+    total: Tensor | None = None
+    for x in rows:
+        total = x.T @ x if total is None else total.addmm_(x.T, x)
+    assert total is not None
+    return total
+
+
+def sample_rows(rows: Iterator[Tensor], windows: int, most: int) -> Tensor:
+    """At most ``most`` rows (S, K), evenly spaced in each of the windows."""
+    each = max(1, most // windows)
+    picked = []
+    for x in rows:
+        step = max(1, len(x) // each)
+        picked.append(x[::step][:each])
+    return torch.cat(picked)

@@ -1,0 +1,182 @@
+"""Quantize linears to integers column by column, each rounding error made good by the columns left (GPTQ)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from llmopt.calibration.session import Group, gram, require_calibration, walk_groups
+from llmopt.calibration.spool import Spooled
+from llmopt.errors import PassError
+from llmopt.ir.module import Module
+from llmopt.ir.pass_manager import Pass, PassContext
+from llmopt.ir.quant import QuantTensor, RoundToNearest, Scheme, block_range, round_codes
+from llmopt.ir.rewrite import sweep
+from llmopt.ir.sites import Choice, Site, group_of, layer_name, put_codes
+
+BLOCK = 128  # columns whose updates to the rest are done in one matmul
+ATTEMPTS = 5  # a Hessian that has no Cholesky factor is damped ten times more, so often
+
+
+@dataclass(frozen=True)
+class Gptq(Pass):
+    """Matches ``aten.linear`` over a weight. Replaces it with ``llmopt.linear_q``, codes chosen for the least error of
+    the layer's output on calibration text: after Frantar et al., "GPTQ" (2023).
+
+    ``bits``, ``group_size``, ``symmetric``, ``include``, ``exclude``, ``lm_head``: as quantize_weights. ``act_order``:
+    columns with large activations first. ``static_groups``: scales come from the untouched weights, groups stay in
+    column order and no g_idx is needed at run time; without them, and with ``act_order``, groups follow the order of
+    columns. ``damp``: share of the mean diagonal added to the Hessian's diagonal. Layers are done in order, each on
+    the activations of the quantized ones before it.
+    """
+
+    name: ClassVar[str] = "gptq"
+    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "awq", "smoothquant")
+    lossy: ClassVar[bool] = True
+
+    bits: int = 4
+    group_size: Literal[32, 64, 128] | None = 128
+    symmetric: bool = True
+    act_order: bool = True
+    static_groups: bool = True
+    damp: float = 0.01
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp < 1:
+            raise ValueError(f"damp is a share between 0 and 1, not {self.damp}")
+
+    def requires(self, module: Module, ctx: PassContext) -> None:
+        """The target runs codes of this width; there is calibration text and one function without states."""
+        if self.bits not in ctx.target.quant_bits:
+            known = ", ".join(map(str, ctx.target.quant_bits)) or "none"
+            what = f"target {ctx.target.name} has no {self.bits}-bit weights"
+            raise PassError(what, where=f"pass {self.name}", hint=f"it has: {known}")
+        require_calibration(self, module, ctx)
+
+    def run(self, module: Module, ctx: PassContext) -> int:
+        """One rewrite a linear."""
+        where = f"pass {self.name}"
+        (function,) = self.served(module)
+        choice = Choice(where, self.include, self.exclude, self.lm_head)
+        sites = [site for _, site in choice.sites(module, [function])]
+        schemes = {
+            site.weights[0]: Scheme(
+                "int", self.bits, 1, group_of(module, site.weights[0], self.group_size, where), self.symmetric,
+                ctx.dtype, self.permuted,
+            )
+            for site in sites
+        }  # fmt: skip
+        if ctx.calibration is None:
+            for site in sites:
+                put_codes(module, function, site, self._shapes(module, site, schemes))
+        else:
+            made: dict[str, QuantTensor] = {}
+            for group in walk_groups(self, module, function, sites, ctx.calibration):
+                made |= self._solve(module, group, schemes, made)
+                for site in group.sites:
+                    put_codes(module, function, site, made)
+        sweep(function)
+        module.prune_weights()
+        return len(sites)
+
+    @property
+    def permuted(self) -> bool:
+        """Whether groups follow the activation order."""
+        return self.act_order and not self.static_groups and self.group_size is not None
+
+    def _shapes(self, module: Module, site: Site, schemes: dict[str, Scheme]) -> dict[str, QuantTensor]:
+        """Stand-ins that no one will read, for a build of shapes alone."""
+        (name,) = site.weights
+        return {name: RoundToNearest(name, module.weights[name], schemes[name]).tensor()}
+
+    def _solve(
+        self, module: Module, group: Group, schemes: dict[str, Scheme], made: dict[str, QuantTensor]
+    ) -> dict[str, QuantTensor]:
+        """The tensors of a group's weights that are not made yet."""
+        found: dict[str, QuantTensor] = {}
+        hessian: list[Tensor] = []
+
+        def compute(name: str) -> dict[str, Tensor]:
+            if not hessian:
+                hessian.append(gram(group.rows()))
+            values = module.weights[name].tensor().float()
+            if not bool(values.isfinite().all()):
+                raise PassError("weights hold NaN or infinity", where=f"pass gptq, layer {layer_name(module, name)}")
+            return solve(values, hessian[0], schemes[name], self.act_order, self.static_groups, self.damp)
+
+        for name in dict.fromkeys(site.weights[0] for site in group.sites):
+            if name not in made:
+                saved = group.saved(name, partial(compute, name))
+                parts = {kind: Spooled(saved.path, kind) for kind in saved.names}
+                codes = replace(parts["codes"], made_from=module.weights[name].parts())
+                found[name] = QuantTensor(codes, parts["scales"], parts.get("zeros"), parts.get("g_idx"), schemes[name])
+        return found
+
+
+def solve(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, act_order: bool, static_groups: bool, damp: float
+) -> dict[str, Tensor]:
+    """Codes (N, K) uint8, scales and zeros (N, groups), and with permuted groups g_idx (K,), of a weight (N, K) fp32.
+
+    ``hessian`` (K, K): the Gram matrix of the inputs, up to a factor. A column that was never active keeps its
+    rounding and passes no error on. Raises PassError when the Hessian cannot be factored.
+    """
+    rows, columns = weight.shape
+    group = scheme.block_k
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
+    upper = inverse_factor(hessian[order][:, order], damp)
+    left = weight[:, order].clone()
+    groups = columns // group
+    scales, zeros = torch.empty(rows, groups), torch.empty(rows, groups)
+    fixed = static_groups or groups == 1
+    if fixed:
+        scales, zeros = block_range(weight.reshape(rows, 1, groups, group), scheme)
+    index = order // group if fixed else torch.arange(columns) // group
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    step = BLOCK if fixed else group
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        if not fixed:
+            found = block_range(left[:, start:stop].reshape(rows, 1, 1, group), scheme)
+            scales[:, index[start]], zeros[:, index[start]] = (part[:, 0] for part in found)
+        errors = torch.empty(rows, stop - start)
+        for column in range(start, stop):
+            scale, zero = scales[:, index[column]], zeros[:, index[column]]
+            code = round_codes(left[:, column], scale, zero, scheme)
+            error = (left[:, column] - (code.float() - zero) * scale) / upper[column, column]
+            left[:, column:stop].addr_(error, upper[column, column:stop], alpha=-1)
+            codes[:, order[column]], errors[:, column - start] = code, error
+        left[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    parts = {"codes": codes, "scales": scales.to(scheme.scale_dtype)}
+    if not scheme.symmetric:
+        parts["zeros"] = zeros.to(torch.uint8)
+    if scheme.permuted:
+        parts["g_idx"] = torch.empty(columns, dtype=torch.int32)
+        parts["g_idx"][order] = index.int()
+    return parts
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor of the damped Hessian's inverse (K, K); columns never active become independent ones."""
+    diagonal = hessian.diagonal()
+    unused = diagonal == 0
+    shift = float(diagonal.mean()) or 1.0
+    for attempt in range(ATTEMPTS):
+        damped = hessian + torch.diag(torch.where(unused, 1.0, damp * 10**attempt * shift))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return upper
+    raise PassError("the Hessian has no Cholesky factor", where="pass gptq", hint="raise damp, or calibrate on more")
+
+
+PASS = Gptq
