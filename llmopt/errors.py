@@ -85,7 +85,19 @@ class OverloadError(RequestError):
 
 
 class QueueFullError(OverloadError):
-    """A bounded queue is full: too many requests wait (of all callers, or of one)."""
+    """A bounded queue is full. ``own``: it is the caller's own share (HTTP 429), not everybody's queue (503)."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        retry_after: float = 1.0,
+        own: bool = False,
+        where: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what, retry_after=retry_after, where=where, hint=hint)
+        self.own = own
 
 
 class DeadlineError(OverloadError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +11,16 @@ from typing import Literal
 
 import numpy as np
 
-from llmopt.errors import RequestError
+from llmopt.errors import DeadlineError, RequestError
+from llmopt.runtime.clock import Clock, Pace
 from llmopt.runtime.grammar import Constraints, GrammarCompiler
+from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.params import GenerationParams, check_params, check_prompt, token_budget
+from llmopt.runtime.plan import Plan
 from llmopt.runtime.protocol import Executor, Sampled, StepOutput
-from llmopt.runtime.scheduler import Plan, Scheduler
+from llmopt.runtime.scheduler import Scheduler
 from llmopt.runtime.scoring import PromptScores
+from llmopt.runtime.sequence import Sequence as Scheduled
 
 FinishReason = Literal["stop", "length"]
 
@@ -43,8 +48,8 @@ class Failure:
 
 @dataclass(slots=True)
 class _Request:
+    sequence: Scheduled
     stops: frozenset[int]
-    left: int
     scores: PromptScores | None = None
 
 
@@ -53,62 +58,79 @@ class EngineCore:
 
     ``eos_token_ids`` end every request that does not say ``ignore_eos``. When the executor's limits allow two
     steps in flight, the next step is submitted before the last one is collected; a request that turns out to have
-    ended then has run one row too many, whose token is discarded.
+    ended then has run one row too many, whose token is discarded. ``clock`` is what deadlines, ageing and measured
+    rates go by.
     """
 
     def __init__(
-        self, executor: Executor, eos_token_ids: Iterable[int] = (), grammars: GrammarCompiler | None = None
+        self,
+        executor: Executor,
+        eos_token_ids: Iterable[int] = (),
+        grammars: GrammarCompiler | None = None,
+        options: SchedulerOptions | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         self.executor = executor
         self.limits = executor.limits
-        self.scheduler = Scheduler(executor.state_plan, executor.limits)
+        self.clock = clock
+        self.scheduler = Scheduler(executor.state_plan, executor.limits, options, clock)
         self.context = self.scheduler.context
         self.eos_token_ids = frozenset(eos_token_ids)
         self._requests: dict[int, _Request] = {}
         self.constraints = Constraints(grammars)
         self._failures: list[Failure] = []
         self._flight: deque[tuple[int, Plan]] = deque()
+        self._pace = Pace(clock)
         self._ids = 0
 
     def add(self, prompt: Sequence[int], params: GenerationParams) -> int:
-        """Queue a request and return its id; raises RequestError when prompt or parameters are invalid."""
+        """Queue a request and return its id.
+
+        Raises RequestError when prompt or parameters are invalid, QueueFullError when no more may wait.
+        """
         check_params(params, self.limits.vocab_size)
         check_prompt(prompt, self.limits.vocab_size, self.context)
+        self.scheduler.queue.check(params.tenant, self._pace.retry_after(len(self.scheduler.queue)))
         sampling = params.sampling
         if sampling.seed is None:
             # Drawn here, not by the executor: a preempted request must draw the same tokens again.
             sampling = replace(sampling, seed=secrets.randbits(64))
         endless = params.ignore_eos and params.grammar is None
         stops = frozenset(params.stop_token_ids) | (frozenset() if endless else self.eos_token_ids)
-        budget = token_budget(params, len(prompt), self.context)
         self._ids += 1
         if params.grammar is not None:
             self.constraints.add(self._ids, params.grammar)
+        sequence = Scheduled(
+            self._ids,
+            np.array(prompt, np.int64),
+            sampling,
+            token_budget(params, len(prompt), self.context),
+            constrained=params.grammar is not None,
+            scored=params.prompt_logprobs is not None,
+            priority=params.priority,
+            tenant=params.tenant,
+            salt=params.cache_salt,
+            deadline=None if params.timeout is None else self.clock() + params.timeout,
+        )
         scores = None
         if params.prompt_logprobs is not None:
-            scores = PromptScores(np.array(prompt, np.int64), params.prompt_logprobs)
-        self._requests[self._ids] = _Request(stops, budget, scores)
-        self.scheduler.add(
-            self._ids,
-            prompt,
-            sampling,
-            budget,
-            constrained=params.grammar is not None,
-            scored=scores is not None,
-        )
+            scores = PromptScores(sequence.prompt, params.prompt_logprobs)
+        self._requests[self._ids] = _Request(sequence, stops, scores)
+        self.scheduler.add(sequence)
         return self._ids
 
     def cancel(self, request_id: int) -> bool:
         """End a request without further output; False when it has already ended."""
-        if self._requests.pop(request_id, None) is None:
+        if request_id not in self._requests:
             return False
         self._end(request_id)
         return True
 
     def _end(self, request_id: int) -> None:
-        self._requests.pop(request_id, None)
+        del self._requests[request_id]
         self.constraints.forget(request_id)
         self.scheduler.finish(request_id)
+        self._pace.ended()
 
     @property
     def has_work(self) -> bool:
@@ -122,21 +144,29 @@ class EngineCore:
 
     def step(self) -> list[TokenOutput]:
         """Submit what can be submitted, collect the oldest step. Raises ExecutorError when the executor failed."""
+        for request_id in self.scheduler.expired():
+            self._fail(request_id, DeadlineError("the request's time was up", retry_after=self._pace.retry_after(1)))
         while len(self._flight) < self.limits.steps_in_flight and (plan := self.scheduler.plan()):
-            batch = replace(plan.batch, masks=self.constraints.masks(plan.sampled))
+            batch = plan.batch
+            if plan.constrained:
+                batch = replace(batch, masks=self.constraints.masks(plan.constrained))
             self._flight.append((self.executor.submit(batch), plan))
         if not self._flight:
             return []
         ticket, plan = self._flight.popleft()
         done = self.executor.collect(ticket)
-        self._score(plan, done)
-        outputs = (self._take(seq_id, done.sampled[seq_id]) for seq_id in plan.sampled)
-        return [output for output in outputs if output is not None]
+        if plan.batch.rows:
+            self._score(plan, done)
+        return self._take(plan, done)
 
     def failures(self) -> list[Failure]:
         """Requests that had to be ended since the last call."""
         failed, self._failures = self._failures, []
         return failed
+
+    def _fail(self, request_id: int, error: RequestError) -> None:
+        self._failures.append(Failure(request_id, error))
+        self._end(request_id)
 
     def _score(self, plan: Plan, done: StepOutput) -> None:
         """Log-probabilities of the prompt rows of this step whose logits were asked for."""
@@ -145,26 +175,35 @@ class EngineCore:
             if row.logits == "all" and request is not None and request.scores is not None:
                 request.scores.take(row.start, done.logits[row.seq_id])
 
-    def _take(self, seq_id: int, sampled: Sampled) -> TokenOutput | None:
-        if not self.scheduler.sampled(seq_id, sampled.token):
-            return None
-        request = self._requests[seq_id]
-        if (error := self.constraints.accept(seq_id, sampled.token)) is not None:
-            self._failures.append(Failure(seq_id, error))
-            self._end(seq_id)
-            return None
-        request.left -= 1
-        prompt: tuple[Sampled, ...] = ()
-        if request.scores is not None:
-            prompt, request.scores = request.scores.whole(), None
-        reason: FinishReason | None = None
-        if sampled.token in request.stops:
-            reason = "stop"
-        elif request.left == 0:
-            reason = "length"
-        if reason:
-            self._end(seq_id)
-        return TokenOutput(seq_id, sampled, reason, prompt)
+    def _take(self, plan: Plan, done: StepOutput) -> list[TokenOutput]:
+        """Outputs of a step: one for each drawn token whose request has not ended."""
+        seq_ids, here = plan.drawn.seq_ids.tolist(), self.scheduler.learn(plan.drawn).tolist()
+        drawn, found = done.sampled, [] if done.tokens is None else done.tokens.tolist()
+        known = [Sampled(token) for token in found]
+        if drawn or len(known) < len(seq_ids):
+            known = [drawn[i] if i in drawn else known[at] for at, i in enumerate(seq_ids)]
+        requests, outputs = self._requests, []
+        for seq_id, sampled, alive in zip(seq_ids, known, here):
+            if not alive:
+                continue
+            request = requests[seq_id]
+            token, output = sampled.token, request.sequence.output
+            output.append(token)
+            if request.sequence.constrained and (error := self.constraints.accept(seq_id, token)) is not None:
+                self._fail(seq_id, error)
+                continue
+            reason: FinishReason | None = None
+            if token in request.stops:
+                reason = "stop"
+            elif len(output) == request.sequence.budget:
+                reason = "length"
+            prompt: tuple[Sampled, ...] = ()
+            if request.scores is not None:
+                prompt, request.scores = request.scores.whole(), None
+            if reason is not None:
+                self._end(seq_id)
+            outputs.append(TokenOutput(seq_id, sampled, reason, prompt))
+        return outputs
 
     def close(self) -> None:
         """Free the executor."""

@@ -34,6 +34,7 @@ class GenerationParams:
     ``prompt_logprobs``: how many alternatives to report for every prompt token after the first (None: no report).
     ``priority``: lower is served first (as vLLM has it). ``tenant``: whose share of the server it uses.
     ``timeout``: seconds from its arrival to its last token (None: no deadline).
+    ``cache_salt``: cached prefixes are shared only between requests of the same salt.
     """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -46,6 +47,7 @@ class GenerationParams:
     priority: int = 0
     tenant: str = ""
     timeout: float | None = None
+    cache_salt: str = ""
 
 
 def check_params(params: GenerationParams, vocab_size: int) -> None:

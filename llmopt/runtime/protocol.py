@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -76,11 +76,39 @@ class SeqStep:
 
 
 @dataclass(frozen=True)
-class StateOp:
-    """A state operation done, in order, before the step's rows: blocks of a group copied or moved on the
-    device, swapped to or from host buffers (``key``), or a sequence's state truncated to ``length`` tokens."""
+class DecodeRows:
+    """Sequences that take one row each, as arrays: the last sampled token goes in, the next one is drawn.
 
-    kind: Literal["copy", "move", "swap_out", "swap_in", "truncate"]
+    ``seq_ids`` (n,) int64, ``starts`` (n,) int64 the rows' positions, ``rope_lens`` (n,) int64 as in SeqStep.
+    ``blocks``: by state group (n, W) int32; the first ``group.blocks_for(start + 1)`` entries of a row count.
+    """
+
+    seq_ids: IntArray
+    starts: IntArray
+    rope_lens: IntArray
+    blocks: Mapping[str, npt.NDArray[np.int32]]
+
+    def __len__(self) -> int:
+        return len(self.seq_ids)
+
+    def expanded(self, states: StatePlan) -> Iterator[SeqStep]:
+        """The same rows one by one, for executors that treat every row alike."""
+        seq_ids, starts, rope_lens = self.seq_ids.tolist(), self.starts.tolist(), self.rope_lens.tolist()
+        for i, (seq_id, start, rope_len) in enumerate(zip(seq_ids, starts, rope_lens)):
+            tables = {g.name: self.blocks[g.name][i, : g.blocks_for(start + 1)].astype(np.int64) for g in states.groups}
+            yield SeqStep(seq_id, None, start, tables, sample=True, rope_len=rope_len)
+
+
+@dataclass(frozen=True)
+class StateOp:
+    """A state operation done, in order, before the step's rows.
+
+    ``copy`` and ``move``: blocks ``source`` of a group to blocks ``target``, on the device. ``swap_out``: blocks
+    ``source`` to a host buffer named by group and ``key``; ``swap_in``: that buffer, which ends, to blocks ``target``;
+    ``swap_drop``: the buffer ends unused. ``truncate``: blocks ``source`` hold ``length`` tokens from now on.
+    """
+
+    kind: Literal["copy", "move", "swap_out", "swap_in", "swap_drop", "truncate"]
     group: str
     source: IntArray
     target: IntArray
@@ -90,7 +118,10 @@ class StateOp:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step: sequences admitted and released, ordered state operations, then the rows."""
+    """One step: sequences admitted and released, ordered state operations, then the rows.
+
+    ``decode`` holds the plain decode rows, ``rows`` all others; a sequence is in one of the two.
+    """
 
     rows: tuple[SeqStep, ...]
     admit: tuple[Admission, ...] = ()
@@ -98,6 +129,11 @@ class StepBatch:
     ops: tuple[StateOp, ...] = ()
     masks: Mapping[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
     """Grammar bitmask by sequence: (ceil(vocab/32),) uint32, bit set = token allowed."""
+    decode: DecodeRows | None = None
+
+    def all_rows(self, states: StatePlan) -> tuple[SeqStep, ...]:
+        """Every row of the step, decode rows first."""
+        return self.rows if self.decode is None else (*self.decode.expanded(states), *self.rows)
 
 
 @dataclass(frozen=True)
@@ -111,10 +147,15 @@ class Sampled:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Results by sequence id. ``logits``: (rows, vocab) float32 for sequences that asked."""
+    """Results by sequence id. ``logits``: (rows, vocab) float32 for sequences that asked.
+
+    ``tokens``: (n,) int64, drawn by the step's ``decode`` rows in their order; None when ``sampled`` has them all.
+    A row that is also in ``sampled`` counts as that.
+    """
 
     sampled: Mapping[int, Sampled]
     logits: Mapping[int, FloatArray] = field(default_factory=dict)
+    tokens: IntArray | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,16 +10,22 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.program import StateGroup, StatePlan
-from llmopt.runtime.protocol import IntArray, SeqStep, StepBatch
+from llmopt.runtime.protocol import DecodeRows, IntArray, SeqStep, StepBatch
+
+
+def offset_in(group: StateGroup, positions: IntArray) -> IntArray:
+    """Where in its block each position lies."""
+    if group.kind == "ring":
+        period = group.block_size - group.sinks
+        wrapped = group.sinks + (positions - group.sinks) % period
+        return np.where(positions < group.sinks, positions, wrapped)
+    return np.asarray(positions % group.block_size, np.int64)
 
 
 def slots_of(group: StateGroup, blocks: IntArray, positions: IntArray) -> IntArray:
     """Flat slot ``block * block_size + offset`` of each position of a sequence."""
-    if group.kind == "ring":
-        period = group.block_size - group.sinks
-        offset = np.where(positions < group.sinks, positions, group.sinks + (positions - group.sinks) % period)
-        return np.asarray(blocks[0] * group.block_size + offset, np.int64)
-    return np.asarray(blocks[positions // group.block_size] * group.block_size + positions % group.block_size, np.int64)
+    column = positions // group.block_size if group.kind == "paged" else 0
+    return np.asarray(blocks[column] * group.block_size + offset_in(group, positions), np.int64)
 
 
 def ragged_inputs(
@@ -27,10 +33,59 @@ def ragged_inputs(
 ) -> tuple[dict[str, npt.NDArray[Any]], list[IntArray]]:
     """Inputs by name for all rows of the step, and for each sequence the indices of its logits among ``logit_rows``.
 
-    Names and dtypes follow the program's convention (``input_ids``, ``position_ids``, ``cu_seqlens``, ``seq_lens``,
-    ``rope_lens``, ``logit_rows``, ``block_table_<group>``, ``slot_mapping_<group>``).
+    Decode rows come first. Names and dtypes follow the program's convention (``input_ids``, ``position_ids``,
+    ``cu_seqlens``, ``seq_lens``, ``rope_lens``, ``logit_rows``, ``block_table_<group>``, ``slot_mapping_<group>``).
     """
-    rows = batch.rows
+    decode, rows = decode_inputs(batch.decode, plan, last_token), row_inputs(batch.rows, plan, last_token)
+    if not batch.rows:
+        return decode
+    if batch.decode is None:
+        return rows
+    (first, found), (second, wanted) = decode, rows
+    count, indices = len(batch.decode), len(first["logit_rows"])
+    inputs = {
+        "cu_seqlens": np.concatenate((first["cu_seqlens"], second["cu_seqlens"][1:] + first["cu_seqlens"][-1])),
+        "logit_rows": np.concatenate((first["logit_rows"], second["logit_rows"] + count)),
+    }
+    for name in first.keys() - inputs.keys():
+        if name.startswith("block_table_"):
+            inputs[name] = np.concatenate(_same_width(first[name], second[name]))
+        else:
+            inputs[name] = np.concatenate((first[name], second[name]), axis=-1)
+    return inputs, found + [w + indices for w in wanted]
+
+
+def decode_inputs(
+    decode: DecodeRows | None, plan: StatePlan, last_token: Callable[[int], int]
+) -> tuple[dict[str, npt.NDArray[Any]], list[IntArray]]:
+    """``ragged_inputs`` of decode rows: one row a sequence, each of which wants its logits."""
+    if decode is None:
+        return {}, []
+    count, starts = len(decode), decode.starts
+    each = np.arange(count)
+    inputs: dict[str, npt.NDArray[Any]] = {
+        "input_ids": np.fromiter(map(last_token, decode.seq_ids.tolist()), np.int64, count)[None],
+        "position_ids": starts[None],
+        "cu_seqlens": np.arange(count + 1, dtype=np.int32),
+        "seq_lens": (starts + 1).astype(np.int32),
+        "rope_lens": np.maximum(decode.rope_lens, starts + 1)[None],
+        "logit_rows": each,
+    }
+    for group in plan.groups:
+        table = decode.blocks[group.name]
+        column = starts // group.block_size if group.kind == "paged" else 0
+        inputs[f"block_table_{group.name}"] = table
+        blocks = table[each, column].astype(np.int64)
+        inputs[f"slot_mapping_{group.name}"] = blocks * group.block_size + offset_in(group, starts)
+    return inputs, list(each[:, None])
+
+
+def row_inputs(
+    rows: Sequence[SeqStep], plan: StatePlan, last_token: Callable[[int], int]
+) -> tuple[dict[str, npt.NDArray[Any]], list[IntArray]]:
+    """``ragged_inputs`` of explicit rows."""
+    if not rows:
+        return {}, []
     lengths = np.array([r.query_len for r in rows], np.int64)
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     positions = [np.arange(r.start, r.start + r.query_len) for r in rows]
@@ -58,6 +113,12 @@ def ragged_inputs(
         )
     starts = np.concatenate(([0], np.cumsum([len(w) for w in wanted])))
     return inputs, [np.arange(a, b) for a, b in pairwise(starts)]
+
+
+def _same_width(*tables: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
+    """Block tables (n, W) padded with zeros to the widest one."""
+    width = max(t.shape[1] for t in tables)
+    return [np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in tables]
 
 
 def logit_rows(row: SeqStep, start: int) -> IntArray:

@@ -2,214 +2,189 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import heapq
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from llmopt.program import StatePlan
-from llmopt.runtime.protocol import Admission, ExecutorLimits, IntArray, SamplingParams, SeqStep, StepBatch
+from llmopt.runtime.clock import Clock
+from llmopt.runtime.decoding import Decoding, Drawn
+from llmopt.runtime.fairness import WaitingQueue
+from llmopt.runtime.options import SchedulerOptions
+from llmopt.runtime.plan import Plan, Stats, StepRows
+from llmopt.runtime.prefix import Match, PrefixCache
+from llmopt.runtime.protocol import Admission, DecodeRows, ExecutorLimits, IntArray, SeqStep, StateOp, StepBatch
+from llmopt.runtime.sequence import Sequence
 from llmopt.runtime.state import StateAllocator
+from llmopt.runtime.swap import SwapSpace
 
 SCORED_CHUNK = 64
 """Prompt rows of a step whose logits are all wanted: 32 MiB of them at a vocabulary of 128k."""
-
-
-@dataclass(slots=True, eq=False)
-class Scheduled:
-    """A sequence as the scheduler sees it.
-
-    ``budget``: tokens it may draw. ``computed``: tokens in the state once every planned step has run.
-    ``pending``: tokens drawn by steps in flight, unknown to the host. ``rope_len``: the length its rotary table was
-    chosen for (two-table models). ``constrained``: the mask of the next token needs every drawn token to be known.
-    ``scored``: the logits of every prompt row are wanted, so rows come in chunks of SCORED_CHUNK.
-    """
-
-    seq_id: int
-    prompt: IntArray
-    sampling: SamplingParams
-    budget: int
-    output: list[int] = field(default_factory=list)
-    computed: int = 0
-    pending: int = 0
-    rope_len: int = 0
-    constrained: bool = False
-    scored: bool = False
-
-    @property
-    def length(self) -> int:
-        """Tokens that exist, pending ones included."""
-        return len(self.prompt) + len(self.output) + self.pending
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether every token of the budget is drawn or being drawn."""
-        return len(self.output) + self.pending >= self.budget
-
-    def tokens(self, start: int, stop: int) -> IntArray:
-        """Ids at positions ``start … stop-1``; none of them may be pending."""
-        if stop <= len(self.prompt):
-            return self.prompt[start:stop]
-        return np.concatenate((self.prompt, np.array(self.output, np.int64)))[start:stop]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A step to submit, and the sequences it draws a token for."""
-
-    batch: StepBatch
-    sampled: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Step:
-    """Rows gathered so far, and the room left for more tokens and sequences."""
-
-    room: int
-    sequences: int
-    rows: list[SeqStep] = field(default_factory=list)
-    admit: list[Admission] = field(default_factory=list)
-
-    @property
-    def open(self) -> bool:
-        return self.room > 0 and len(self.rows) < self.sequences
+NONE = np.zeros(0, np.int64)
 
 
 class Scheduler:
-    """First come, first served, continuously batched.
+    """Continuous batching over counted blocks.
 
     A step takes one row of every decoding sequence, then prompt chunks of the running ones, then of newly admitted
-    ones, each in order of arrival and within the limits. A waiting sequence is admitted when blocks for all its
-    tokens are free; nobody overtakes it. A running sequence that finds no block for its next token preempts
-    the youngest running one, which gives up its blocks and waits, first in line, to be computed again.
+    ones, the most urgent first and within the limits. Who is admitted next the queue says; nobody overtakes it,
+    unless it waits for a prefix that another sequence is computing. A running sequence that finds no block for its
+    next token, and a waiting one of a better priority, preempt the least urgent running one: its state goes to host
+    memory when that is cheaper than computing it again, and it waits at its old place in line.
     """
 
-    def __init__(self, plan: StatePlan, limits: ExecutorLimits) -> None:
-        self.limits = limits
+    def __init__(
+        self,
+        plan: StatePlan,
+        limits: ExecutorLimits,
+        options: SchedulerOptions | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.limits, self.clock = limits, clock
+        self.options = options or SchedulerOptions()
         self.allocator = StateAllocator(plan, limits.blocks)
+        self.cache = PrefixCache(plan, self.allocator, enabled=self.options.prefix_cache)
+        self.swap = SwapSpace(self.options.swap, plan.groups)
+        self.queue = WaitingQueue(self.options.queue, clock)
+        self.step_tokens = min(limits.max_tokens_per_step, self.options.step_tokens or limits.max_tokens_per_step)
         self.max_chunk = min((c for g in plan.groups if (c := g.max_chunk()) is not None), default=None)
         capacity = self.allocator.capacity()
         self.context = limits.max_context if capacity is None else min(limits.max_context, capacity)
-        self.waiting: deque[Scheduled] = deque()
-        self.running: dict[int, Scheduled] = {}
-        self.preemptions = 0
+        self.sequences: dict[int, Sequence] = {}
+        self.running: dict[int, Sequence] = {}
+        self.prefilling: dict[int, Sequence] = {}
+        self.decoding = Decoding(limits.max_sequences)
+        self._counted = Stats()
+        self._priorities: Counter[int] = Counter()
+        self._deadlines: list[tuple[float, int]] = []
         self._releases: list[int] = []
+        self._ops: list[StateOp] = []
+        self._stuck: tuple[int, int] | None = None
+        self._orders = 0
 
-    def add(
-        self,
-        seq_id: int,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        budget: int,
-        *,
-        constrained: bool = False,
-        scored: bool = False,
-    ) -> None:
-        """Queue a sequence that may draw ``budget`` tokens; ``len(prompt) + budget`` must be within ``context``."""
-        ids = np.array(prompt, np.int64)
-        self.waiting.append(Scheduled(seq_id, ids, sampling, budget, constrained=constrained, scored=scored))
+    # --- requests ----------------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; its prompt and budget together must be within ``context``."""
+        self._orders += 1
+        sequence.order, sequence.arrival = self._orders, self.clock()
+        if sequence.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline, sequence.seq_id))
+        self.sequences[sequence.seq_id] = sequence
+        self.queue.shares.enter(sequence.tenant)
+        self.queue.push(sequence)
 
     def finish(self, seq_id: int) -> None:
         """Forget a sequence, running or waiting; the executor hears of it with the next step."""
-        if sequence := self.running.pop(seq_id, None):
-            self._give_up(sequence)
-        else:
-            self.waiting = deque(s for s in self.waiting if s.seq_id != seq_id)
-
-    def sampled(self, seq_id: int, token: int) -> bool:
-        """A pending token is known. False when the sequence has ended since: the token is an overrun."""
-        sequence = self.running.get(seq_id)
+        sequence = self.sequences.pop(seq_id, None)
         if sequence is None:
-            return False
-        sequence.output.append(token)
-        sequence.pending -= 1
-        return True
+            return
+        self.queue.shares.exit(sequence.tenant)
+        if seq_id in self.running:
+            self._stop(sequence)
+            return
+        self.queue.remove(sequence)
+        if sequence.swapped:
+            self._ops += [StateOp("swap_drop", g.name, NONE, NONE, key=seq_id) for g in self.allocator.groups]
+            self.swap.free(sequence.swapped)
+
+    def expired(self) -> list[int]:
+        """Sequences whose deadline has passed."""
+        now, late = self.clock(), []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            late.append(heapq.heappop(self._deadlines)[1])
+        return [seq_id for seq_id in late if seq_id in self.sequences]
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence waits or runs, or the executor must still hear of a release."""
-        return bool(self.waiting or self.running or self._releases)
+        """Whether a sequence waits or runs, or the executor must still hear of something."""
+        return bool(self.sequences or self._releases or self._ops)
+
+    def stats(self) -> Stats:
+        """What there is to know for metrics, at this moment."""
+        cached = self.cache.cached()
+        pools = {name: pool for name, pool in self.allocator.pools.items() if pool.total}
+        used = {name: pool.total - pool.free - cached[name] for name, pool in pools.items()}
+        fullest = max(used, key=lambda name: used[name] / pools[name].total, default=None)
+        return replace(
+            self._counted,
+            running=len(self.running),
+            waiting=len(self.queue),
+            kv_blocks=0 if fullest is None else pools[fullest].total,
+            kv_blocks_used=0 if fullest is None else used[fullest],
+            swapped_bytes=self.swap.used,
+        )
+
+    # --- a step ------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan | None:
         """The next step; None when no work is left or the step in flight must be collected first."""
-        if not self._reserve():
+        self.queue.wake()
+        if not (self._make_way() and self._reserve()):
             return None
-        step = _Step(self.limits.max_tokens_per_step, self.limits.max_sequences)
-        ready = [s for s in self.running.values() if not (s.exhausted or (s.constrained and s.pending))]
-        for sequence in sorted(ready, key=lambda s: s.length - s.computed > 1):  # stable: decode rows first
+        places = self.decoding.ready(min(self.step_tokens, self.limits.max_sequences))
+        room = self.step_tokens - len(places)
+        if len(self.decoding) and self.options.chunk is not None:
+            room = min(room, self.options.chunk)
+        step = StepRows(room, self.limits.max_sequences - len(places))
+        decode = self._decode(places)
+        for sequence in self._in_order(self.prefilling.values()):
             if step.open:
                 self._add_rows(step, sequence)
-        while self.waiting and step.open and self._admit(step):
+        while step.open and self._admit(step):
             pass
-        batch = StepBatch(tuple(step.rows), admit=tuple(step.admit), release=tuple(self._releases))
-        self._releases = []
-        if not (batch.rows or batch.release):
+        for row in step.rows:
+            self.cache.progress(row.seq_id, row.start + row.query_len)
+        batch = StepBatch(
+            tuple(step.rows),
+            admit=tuple(step.admit),
+            release=tuple(self._releases),
+            ops=tuple(self._ops),
+            decode=decode,
+        )
+        self._releases, self._ops = [], []
+        if not (batch.rows or batch.decode or batch.release or batch.ops):
             return None
-        return Plan(batch, tuple(row.seq_id for row in batch.rows if row.sample))
+        return Plan(batch, *self._drawn(step, places))
 
-    def _reserve(self) -> bool:
-        """Blocks for every running sequence's next rows; False: the step in flight must be collected first.
+    def _decode(self, places: IntArray) -> DecodeRows | None:
+        """Rows for these places of the decoding sequences."""
+        if not len(places):
+            return None
+        decoding = self.decoding
+        starts = decoding.starts[places]
+        blocks = self.allocator.gather(places, int(starts.max()) + 1)
+        decoding.starts[places] += 1
+        for tenant, count in decoding.shares(places).items():
+            self.queue.shares.charge(tenant, count * self.options.queue.output_weight)
+        return DecodeRows(decoding.ids[places], starts, decoding.rope_lens[places], blocks)
 
-        Preempting, and starting over with the other rotary table, need every drawn token to be known.
-        """
-        for sequence in list(self.running.values()):
-            if sequence.exhausted or sequence.seq_id not in self.running:
-                continue
-            if self._crosses(sequence):
-                if sequence.pending:
-                    return False
-                sequence.computed = 0
-            while sequence.seq_id in self.running:
-                if self.allocator.extend(sequence.seq_id, sequence.length):
-                    break
-                if any(s.pending for s in self.running.values()):
-                    return False
-                self._preempt()
-        return True
+    def _drawn(self, step: StepRows, places: IntArray) -> tuple[Drawn, tuple[int, ...]]:
+        """Every sequence the step draws a token for, and which of them are constrained."""
+        joined = [self.allocator.place(s.seq_id) for s in step.drawing]
+        everyone = np.concatenate((places, np.array(joined, np.int64))) if joined else places
+        drawn = Drawn(self.decoding.ids[everyone], everyone)
+        masked = drawn.seq_ids[self.decoding.constrained[everyone]]
+        return drawn, tuple(masked.tolist())
 
-    def _crosses(self, sequence: Scheduled) -> bool:
-        """Whether the next row needs the other rotary table than the rows in the state."""
-        switch = self.limits.rope_switch
-        return switch is not None and sequence.computed > 0 and sequence.rope_len <= switch < sequence.length
+    def learn(self, drawn: Drawn) -> npt.NDArray[np.bool_]:
+        """The tokens of a step are known; False (n,) where the sequence has ended since: its token is an overrun."""
+        return self.decoding.learn(drawn)
 
-    def _preempt(self) -> None:
-        _, victim = self.running.popitem()
-        self._give_up(victim)
-        victim.computed = 0
-        self.waiting.appendleft(victim)
-        self.preemptions += 1
-
-    def _give_up(self, sequence: Scheduled) -> None:
-        self.allocator.release(sequence.seq_id)
-        self._releases.append(sequence.seq_id)
-
-    def _admit(self, step: _Step) -> bool:
-        """Start the first waiting sequence, if there is room for it."""
-        sequence = self.waiting[0]
-        # A step releases after its rows: a sequence preempted for this one can come back with the next at the earliest.
-        if len(self.running) >= self.limits.max_sequences or sequence.seq_id in self._releases:
-            return False
-        if not self.allocator.extend(sequence.seq_id, sequence.length):
-            return False
-        self.running[sequence.seq_id] = self.waiting.popleft()
-        output = np.array(sequence.output, np.int64)
-        step.admit.append(Admission(sequence.seq_id, sequence.prompt, sequence.sampling, output))
-        self._add_rows(step, sequence)
-        return True
-
-    def _add_rows(self, step: _Step, sequence: Scheduled) -> None:
+    def _add_rows(self, step: StepRows, sequence: Sequence) -> None:
         """As many of the sequence's missing rows as the step has room for; the last one draws a token."""
-        missing = sequence.length - sequence.computed
+        missing = sequence.known - sequence.computed
         scoring = sequence.scored and sequence.computed < len(sequence.prompt)
         count = min(missing, step.room, self.max_chunk or missing, SCORED_CHUNK if scoring else missing)
         start, stop = sequence.computed, sequence.computed + count
-        if start == 0:
-            sequence.rope_len = sequence.length
-        last_drawn = missing == 1 and bool(sequence.output or sequence.pending)
         row = SeqStep(
             sequence.seq_id,
-            None if last_drawn else sequence.tokens(start, stop),
+            sequence.tokens(start, stop),
             start,
             self.allocator.table(sequence.seq_id, stop),
             sample=count == missing,
@@ -218,5 +193,187 @@ class Scheduler:
         )
         step.rows.append(row)
         step.room -= count
+        step.sequences -= 1
         sequence.computed = stop
-        sequence.pending += count == missing
+        if row.sample:
+            del self.prefilling[sequence.seq_id]
+            self.decoding.join(sequence, self.allocator.place(sequence.seq_id))
+            step.drawing.append(sequence)
+
+    # --- coming in ---------------------------------------------------------------------------------------------
+
+    def _admit(self, step: StepRows) -> bool:
+        """Start who is next, if there is room for it; False ends the admissions of this step."""
+        sequence = self.queue.first()
+        # A step releases after its rows: a sequence preempted for this one can come back with the next at the earliest.
+        if sequence is None or len(self.running) >= self.limits.max_sequences or sequence.seq_id in self._releases:
+            return False
+        if self._stuck == (sequence.seq_id, self.allocator.releases):
+            return False
+        if not (self._swap_in(sequence) if sequence.swapped else self._start(sequence)):
+            if sequence.awaits is not None:
+                self.queue.park(sequence)
+                return True
+            self._stuck = sequence.seq_id, self.allocator.releases
+            return False
+        self.queue.remove(sequence)
+        self.running[sequence.seq_id] = self.prefilling[sequence.seq_id] = sequence
+        self._priorities[sequence.priority] += 1
+        output = np.array(sequence.output, np.int64)
+        step.admit.append(Admission(sequence.seq_id, sequence.prompt, sequence.sampling, output))
+        self._add_rows(step, sequence)
+        return True
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Blocks for all known tokens of a sequence, those of a cached prefix filled; False when too few are free,
+        or when it is better to wait for a prefix that is being computed."""
+        tokens = sequence.tokens(0, sequence.known)
+        base = Match(self._salt(sequence))
+        match = base if sequence.scored else self.cache.match(base.salt, tokens)
+        if match.pending is not None:
+            sequence.awaits = match.pending
+            return False
+        # What a match keeps from being freed may be just what is missing.
+        for chosen in (match, base) if match.tokens else (base,):
+            self.cache.claim(sequence.seq_id, chosen)
+            if self.allocator.extend(sequence.seq_id, sequence.known):
+                break
+            self.cache.abandon(sequence.seq_id, chosen)
+        else:
+            return False
+        self._ops += self.cache.enter(sequence.seq_id, chosen, tokens)
+        sequence.computed, sequence.rope_len = chosen.tokens, sequence.known
+        self._counted.prompt_tokens += sequence.known
+        self._counted.cached_tokens += chosen.tokens
+        served = (sequence.known - chosen.tokens) * self.options.queue.prompt_weight
+        self.queue.shares.charge(sequence.tenant, served)
+        return True
+
+    def _salt(self, sequence: Sequence) -> Hashable:
+        """What equal tokens must have in common for equal states: the caller's salt and the rotary table."""
+        switch = self.limits.rope_switch
+        return sequence.salt, switch is not None and sequence.known > switch
+
+    def _swap_in(self, sequence: Sequence) -> bool:
+        """Bring a state back from host memory."""
+        seq_id = sequence.seq_id
+        base = Match(self._salt(sequence))
+        self.cache.claim(seq_id, base)
+        if not self.allocator.extend(seq_id, sequence.known):
+            self.cache.abandon(seq_id, base)
+            return False
+        for name, blocks in self.allocator.table(seq_id, sequence.computed).items():
+            self._ops.append(StateOp("swap_in", name, NONE, blocks, key=seq_id))
+        self.cache.enter(seq_id, base, sequence.tokens(0, sequence.known))
+        self.cache.progress(seq_id, sequence.computed)
+        self.swap.free(sequence.swapped)
+        sequence.swapped = 0
+        return True
+
+    # --- going out ---------------------------------------------------------------------------------------------
+
+    def _make_way(self) -> bool:
+        """Preempt for a waiting sequence of a better priority; False: the step in flight must be collected first."""
+        while (head := self.queue.first()) is not None and head.priority < max(self._priorities, default=head.priority):
+            if head.seq_id in self._releases or self._fits(head):
+                break
+            victim = self._victim()
+            if self.queue.urgency(victim, self.clock()) <= head.priority:
+                break
+            if self.decoding.pending():
+                return False
+            self._preempt(victim)
+        return True
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence could start now."""
+        cached = self.cache.cached()
+        return len(self.running) < self.limits.max_sequences and all(
+            self.allocator.pools[g.name].free + cached[g.name] >= g.blocks_for(sequence.known)
+            for g in self.allocator.groups
+        )
+
+    def _reserve(self) -> bool:
+        """Blocks for the next row of every decoding sequence; False: the step in flight must be collected first.
+
+        Preempting, and starting over with the other rotary table, need every drawn token to be known.
+        """
+        decoding = self.decoding
+        while True:
+            places = decoding.ready(self.limits.max_sequences)
+            tokens = decoding.starts[places] + 1
+            if self.limits.rope_switch is not None:
+                crossing = (decoding.rope_lens[places] <= self.limits.rope_switch) & (tokens > self.limits.rope_switch)
+                for seq_id in decoding.ids[places[crossing]].tolist():
+                    if decoding.pending():
+                        return False
+                    self._start_over(self.running[seq_id])
+                if crossing.any():
+                    continue
+            lacking = self.allocator.lacking(places, tokens)
+            wanted = zip(decoding.ids[places[lacking]].tolist(), tokens[lacking].tolist())
+            if all(self.allocator.extend(seq_id, count) for seq_id, count in wanted):
+                return True
+            if decoding.pending():
+                return False
+            self._preempt(self._victim())
+
+    def _start_over(self, sequence: Sequence) -> None:
+        """Compute a sequence again, with the rotary table its length now asks for."""
+        self.decoding.leave(sequence)
+        self._let_go(sequence)
+        if self._start(sequence):
+            self.prefilling[sequence.seq_id] = sequence
+        else:
+            self._wait_again(sequence)
+
+    def _in_order(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """The most urgent first."""
+        now = self.clock()
+        return sorted(sequences, key=lambda s: (self.queue.urgency(s, now), s.order))
+
+    def _victim(self) -> Sequence:
+        """The running sequence that is least urgent."""
+        return self._in_order(self.running.values())[-1]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; all its tokens are known."""
+        if self.prefilling.pop(sequence.seq_id, None) is None:
+            self.decoding.leave(sequence)
+        if self.swap.pays(sequence.computed):
+            sequence.swapped = self.swap.size(sequence.computed)
+            self.swap.hold(sequence.swapped)
+            for name, blocks in self.allocator.table(sequence.seq_id, sequence.computed).items():
+                self._ops.append(StateOp("swap_out", name, blocks, NONE, key=sequence.seq_id))
+            self._counted.swaps += 1
+        else:
+            self._counted.recomputes += 1
+        self._let_go(sequence)
+        self._wait_again(sequence)
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        self._leave_running(sequence)
+        if not sequence.swapped:
+            sequence.computed = 0
+        sequence.awaits = None
+        self.queue.push(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """A running sequence has ended."""
+        if self.prefilling.pop(sequence.seq_id, None) is None:
+            self.decoding.leave(sequence)
+        self._let_go(sequence)
+        self._leave_running(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Give up a sequence's blocks; the cache keeps what it can of them."""
+        states = min(sequence.computed, sequence.known)
+        self.cache.leave(sequence.seq_id, sequence.tokens(0, states), exact=states == sequence.computed)
+        self.allocator.release(sequence.seq_id)
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        del self.running[sequence.seq_id]
+        self._releases.append(sequence.seq_id)
+        self._priorities[sequence.priority] -= 1
+        if not self._priorities[sequence.priority]:
+            del self._priorities[sequence.priority]

@@ -58,7 +58,7 @@ class ReferenceExecutor:
         for op in batch.ops:
             self._state_op(op)
         self.tickets += 1
-        self.done[self.tickets] = self._run(batch) if batch.rows else StepOutput({})
+        self.done[self.tickets] = self._run(batch)
         for seq_id in batch.release:
             self.sampler.release(seq_id)
         return self.tickets
@@ -76,7 +76,10 @@ class ReferenceExecutor:
 
     @torch.no_grad()
     def _run(self, batch: StepBatch) -> StepOutput:
-        if any(row.tree is not None for row in batch.rows):
+        rows = batch.all_rows(self.state_plan)
+        if not rows:
+            return StepOutput({})
+        if any(row.tree is not None for row in rows):
             raise ExecutorError("this program has no tree attention")
         arrays, wanted = ragged_inputs(batch, self.state_plan, self.sampler.last)
         inputs = {n: torch.from_numpy(arrays[n]).to(self.device) for n in self.function.inputs if n in arrays}
@@ -84,10 +87,10 @@ class ReferenceExecutor:
         logits = self.interpreter(inputs, bind_dims(self.function, inputs))[0][0].float().cpu().numpy()
         if "logit_rows" not in self.function.inputs:
             logits = logits[arrays["logit_rows"]]
-        drawn = [(row.seq_id, index[-1]) for row, index in zip(batch.rows, wanted) if row.sample]
+        drawn = [(row.seq_id, index[-1]) for row, index in zip(rows, wanted) if row.sample]
         ids = [seq_id for seq_id, _ in drawn]
         sampled = self.sampler.sample_rows(ids, logits[[i for _, i in drawn]], batch.masks) if drawn else []
-        asked = {row.seq_id: logits[index] for row, index in zip(batch.rows, wanted) if row.logits != "none"}
+        asked = {row.seq_id: logits[index] for row, index in zip(rows, wanted) if row.logits != "none"}
         return StepOutput(dict(zip(ids, sampled)), asked)
 
     def _state_op(self, op: StateOp) -> None:
@@ -102,6 +105,8 @@ class ReferenceExecutor:
             case "swap_in":
                 for state, saved in zip(states, self.swapped.pop((op.group, op.key))):
                     state[torch.from_numpy(op.target)] = saved.to(self.device)
+            case "swap_drop":
+                self.swapped.pop((op.group, op.key), None)
             case "truncate":
                 pass  # positions past the new length are masked by seq_lens and overwritten by the next rows
 

@@ -7,8 +7,8 @@ from collections import deque
 import numpy as np
 
 from llmopt.errors import ExecutorError
-from llmopt.program import StateGroup, StatePlan
-from llmopt.runtime.protocol import ExecutorLimits, SeqStep, StepBatch, StepOutput
+from llmopt.program import StateGroup, StatePlan, StateSpec
+from llmopt.runtime.protocol import ExecutorLimits, SeqStep, StateOp, StepBatch, StepOutput
 from llmopt.runtime.ragged import slots_of
 from llmopt.runtime.sampler import HostSampler
 
@@ -21,8 +21,9 @@ def plan_of(*kinds: str, block_size: int = 4, context: int = 64, window: int = 6
     groups = []
     for i, kind in enumerate(kinds):
         size = {"paged": block_size, "slots": context, "ring": sinks + window - 1 + chunk}[kind]
-        ring = {"window": window, "sinks": sinks} if kind == "ring" else {}
-        groups.append(StateGroup(f"{kind}{i}", kind, size, (), **ring))
+        ring = {"window": window, "sinks": sinks, "truncatable": False} if kind == "ring" else {}
+        states = (StateSpec(f"k_{i}", 1, 1, "float32", 0),)
+        groups.append(StateGroup(f"{kind}{i}", kind, size, states, shareable=kind == "paged", **ring))
     return StatePlan(tuple(groups))
 
 
@@ -60,6 +61,12 @@ def next_token(tokens, plan: StatePlan, vocab_size: int, switch: int | None = No
     return total % vocab_size
 
 
+def written_blocks(group: StateGroup, row: SeqStep) -> list[int]:
+    """Blocks of a group that a row's sequence writes in its step."""
+    first = row.start // group.block_size if group.kind == "paged" else 0
+    return row.blocks[group.name].tolist()[first:]
+
+
 class FakeExecutor:
     """Writes (token, position, rotary table) into slots and reads them back; checks the protocol as it goes.
 
@@ -71,6 +78,8 @@ class FakeExecutor:
         self.cells = {g.name: np.full((limits.blocks[g.name] * g.block_size, 3), EMPTY, np.int64) for g in plan.groups}
         self.sampler = HostSampler(limits.vocab_size)
         self.known: set[int] = set()
+        self.swapped: dict[tuple[str, int], np.ndarray] = {}
+        self.largest = 0
         self.queue: deque[tuple[int, StepBatch]] = deque()
         self.done: dict[int, StepOutput] = {}
         self.tickets = self.rows = 0
@@ -93,20 +102,25 @@ class FakeExecutor:
         self.closed = True
 
     def _check(self, batch: StepBatch) -> None:
-        ids = [row.seq_id for row in batch.rows]
+        rows = batch.all_rows(self.state_plan)
+        ids = [row.seq_id for row in rows]
         assert len(set(ids)) == len(ids) <= self.limits.max_sequences
-        assert sum(row.query_len for row in batch.rows) <= self.limits.max_tokens_per_step
+        assert sum(row.query_len for row in rows) <= self.limits.max_tokens_per_step
+        self.largest = max(self.largest, sum(row.query_len for row in rows))
         for admission in batch.admit:
             assert admission.seq_id not in self.known, "admitted twice"
             self.known.add(admission.seq_id)
         assert set(ids) <= self.known, "rows of a sequence the executor does not know"
         for group in self.state_plan.groups:
-            used = [b for row in batch.rows for b in row.blocks[group.name].tolist()]
-            assert len(set(used)) == len(used), "a block belongs to two sequences"
-            assert all(0 <= b < self.limits.blocks[group.name] for b in used)
-            for row in batch.rows:
+            for row in rows:
                 assert len(row.blocks[group.name]) == group.blocks_for(row.start + row.query_len)
                 assert row.query_len <= (group.max_chunk() or row.query_len)
+                assert all(0 <= b < self.limits.blocks[group.name] for b in row.blocks[group.name].tolist())
+            written = [b for row in rows for b in written_blocks(group, row)]
+            assert len(set(written)) == len(written), "two sequences write a block"
+            for row in rows:
+                read = row.blocks[group.name].tolist()[: -len(written_blocks(group, row))]
+                assert not set(read) & set(written), "a sequence writes what another one reads"
         for seq_id in batch.release:
             self.known.remove(seq_id)
 
@@ -115,8 +129,10 @@ class FakeExecutor:
             raise ExecutorError("the device is gone")
         for admission in batch.admit:
             self.sampler.admit(admission)
+        for op in batch.ops:
+            self._apply(op)
         drawn = {}
-        for row in batch.rows:
+        for row in batch.all_rows(self.state_plan):
             self.rows += row.query_len
             token = self._forward(row)
             if row.sample:
@@ -126,6 +142,24 @@ class FakeExecutor:
         for seq_id in batch.release:
             self.sampler.release(seq_id)
         return StepOutput(drawn)
+
+    def _apply(self, op: StateOp) -> None:
+        group = next(g for g in self.state_plan.groups if g.name == op.group)
+        cells = self.cells[op.group].reshape(-1, group.block_size, 3)
+        match op.kind:
+            case "copy":
+                cells[op.target] = cells[op.source]
+            case "swap_out":
+                assert (op.group, op.key) not in self.swapped
+                self.swapped[op.group, op.key] = cells[op.source]
+                cells[op.source] = EMPTY
+            case "swap_in":
+                cells[op.target] = self.swapped.pop((op.group, op.key))
+            case "swap_drop":
+                del self.swapped[op.group, op.key]
+            case "truncate":
+                assert group.truncatable
+                cells[op.source] = np.where(cells[op.source][..., 1:2] < op.length, cells[op.source], EMPTY)
 
     def _forward(self, row: SeqStep) -> int:
         tokens = [self.sampler.last(row.seq_id)] if row.tokens is None else row.tokens

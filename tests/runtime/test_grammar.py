@@ -79,7 +79,7 @@ def test_constrained_and_free_requests_together(compiler, tokenizer, flight, blo
             assert set(found) == {"name", "age"}
             assert isinstance(found["age"], int)
             assert found["age"] <= 120
-    assert (core.scheduler.preemptions > 0) == (blocks == 30)
+    assert (core.scheduler.stats().preemptions > 0) == (blocks == 30)
     if blocks == 30:  # preemption changes nothing
         assert results == run(core_of(compiler), requests)
 

@@ -50,8 +50,9 @@ def test_preemption_on_a_real_executor(compiled, expected):
         pool = next(iter(core.scheduler.allocator.pools.values()))
         held = pool.take(pool.free - 5)
         done = session.engine.generate(PROMPTS, GREEDY)
-        assert core.scheduler.preemptions > 0
+        assert core.scheduler.stats().recomputes > 0
         assert [c.tokens for c in done] == expected
+        core.scheduler.cache.clear()
         assert pool.free == 5
         pool.give(held)
 

@@ -62,7 +62,7 @@ class OnnxruntimeExecutor:
         for op in batch.ops:
             self.states.apply(op)
         self.tickets += 1
-        self.done[self.tickets] = self._run(batch) if batch.rows else StepOutput({})
+        self.done[self.tickets] = self._run(batch)
         for seq_id in batch.release:
             self.sampler.release(seq_id)
         return self.tickets
@@ -80,14 +80,15 @@ class OnnxruntimeExecutor:
         self.__dict__.pop("session", None)
 
     def _run(self, batch: StepBatch) -> StepOutput:
-        slots = [int(row.blocks[self.states.group.name][0]) for row in batch.rows]
+        rows = batch.all_rows(self.state_plan)
+        slots = [int(row.blocks[self.states.group.name][0]) for row in rows]
         logits: dict[int, FloatArray] = {}
-        for call in calls_of(batch.rows, slots, self.states, self.sampler.last):
+        for call in calls_of(rows, slots, self.states, self.sampler.last):
             logits |= self._call(call)
-        drawn = [row.seq_id for row in batch.rows if row.sample]
+        drawn = [row.seq_id for row in rows if row.sample]
         last = np.stack([logits[seq_id][-1] for seq_id in drawn]) if drawn else np.zeros((0, 0), np.float32)
         sampled = self.sampler.sample_rows(drawn, last, batch.masks) if drawn else []
-        asked = {row.seq_id: logits[row.seq_id] for row in batch.rows if row.logits != "none"}
+        asked = {row.seq_id: logits[row.seq_id] for row in rows if row.logits != "none"}
         return StepOutput(dict(zip(drawn, sampled)), asked)
 
     def _call(self, call: Call) -> dict[int, FloatArray]:

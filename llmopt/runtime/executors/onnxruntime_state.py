@@ -151,6 +151,8 @@ class SlotStates:
                 for slot, (length, values) in zip(target, self.swapped.pop(op.key), strict=True):
                     self.memory.write(slot, values)
                     self.lengths[slot] = length
+            case "swap_drop":
+                self.swapped.pop(op.key, None)
             case "truncate":
                 self.lengths[source] = np.minimum(self.lengths[source], op.length)
 
