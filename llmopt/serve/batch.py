@@ -51,7 +51,8 @@ class BatchRunner:
 
     async def run(self, jobs: Iterable[Job]) -> AsyncGenerator[tuple[Job, Result]]:
         """Jobs and their output objects as they end. Raises ExecutorError when the executor failed."""
-        waiting, running = iter(jobs), set[asyncio.Task[tuple[Job, Result]]]()
+        waiting = iter(jobs)
+        running, ended = set[asyncio.Task[tuple[Job, Result]]](), set[asyncio.Task[tuple[Job, Result]]]()
         try:
             while True:
                 while len(running) < self._window and (job := next(waiting, None)) is not None:
@@ -64,7 +65,7 @@ class BatchRunner:
         finally:
             for task in running:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.gather(*running, *ended, return_exceptions=True)
 
     async def _one(self, job: Job) -> tuple[Job, Result]:
         return job, await (self._batch(job) if job.batch else self._plain(job))

@@ -9,7 +9,7 @@ from llmopt.runtime.core import EngineCore, TokenOutput
 from llmopt.runtime.params import GenerationParams
 
 SETTLE = 16
-"""Turns of the event loop after a step that ended a request: enough for its answer to be complete, and the next begun."""
+"""Turns of the event loop after a step that ended a request: enough for its answer to be complete, the next begun."""
 
 _Item = TokenOutput | Exception
 
