@@ -26,6 +26,8 @@ from llmopt.serve.engine_process import EngineOptions
 EngineCommand: TypeAlias = Callable[[int], Sequence[str]]
 """The command line of the engine process, given the number of its socket's descriptor."""
 
+KEEP_ALIVE_SECONDS = 75
+"""An idle connection stays open longer than clients and proxies keep theirs (60 s): closing first loses requests."""
 DEAD_SECONDS = 2.0
 """How long /health says 503 after the engine died, before this process exits."""
 
@@ -113,6 +115,7 @@ async def _serve(
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=options.drain_seconds,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
