@@ -15,6 +15,7 @@ from llmopt.serve.answer import Answer, Model
 from llmopt.serve.client import EngineClient
 from llmopt.serve.errors import ApiError
 from llmopt.serve.http import ClientGone, EventStream, error_response, json_body, unless_gone
+from llmopt.serve.page import add_page
 from llmopt.serve.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
 
 CLIENT_CLOSED_REQUEST = 499
@@ -63,6 +64,7 @@ def build_app(model: Model, client: EngineClient) -> FastAPI:
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
+    add_page(app)
     _add_error_handlers(app)
     return app
 
