@@ -38,17 +38,16 @@ class Chunks:
             raise ArtifactError(f"{what}: expected sha256 {self.entry.chunks[index]}, found {found}", where=self.where)
 
     def check_all(self, threads: int = 0) -> None:
-        """Read and check every chunk; hashlib and preadv release the GIL, so threads suffice (0: one a core)."""
+        """Read and check every chunk with so many threads (0: one a core); raises ArtifactError."""
+        for index, found in enumerate(self.digests(threads)):
+            self.check(index, found)
+
+    def digests(self, threads: int = 0) -> list[str]:
+        """Hex sha256 of each chunk of the file; hashlib and preadv release the GIL, so threads suffice."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-                tasks = [pool.submit(self._hash, descriptor, index) for index in range(len(self.entry.chunks))]
-                try:
-                    for index, task in enumerate(tasks):
-                        self.check(index, task.result())
-                except ArtifactError:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                return list(pool.map(lambda index: self._hash(descriptor, index), range(len(self.entry.chunks))))
         finally:
             os.close(descriptor)
 

@@ -18,9 +18,11 @@ def manifest_pairs(manifest: Manifest, verified: bool) -> list[tuple[str, object
     dims = ", ".join(f"{name} {low}-{high}" for name, (low, high) in manifest.dims.items())
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     golden = sum(len(entry["tokens"]) for entry in manifest.golden)
+    proven = ", ".join(f"{arch} {what}" for arch, what in manifest.notes.get("proven", {}).items())
     return [
         ("model", manifest.model),
         ("target", f"{manifest.target}, {manifest.dtype}"),
+        *([("kernels", proven)] if proven else []),
         ("context", f"{manifest.max_context} tokens, vocabulary {manifest.vocab_size}"),
         ("entry points", ", ".join(f"{entry} -> {name}" for entry, name in manifest.entry_points.items())),
         ("dims", dims or "-"),

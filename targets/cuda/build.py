@@ -17,6 +17,7 @@ from .feedback import LAST, with_feedback
 from .kernel import Kernel, Specialization
 from .options import CudaOptions
 from .plan import BucketPlan, dense, place, plan_bucket, view
+from .proven import proven
 from .select import Selector, discover
 from .tuning import load_tuning
 
@@ -58,6 +59,7 @@ def build(
         "triton": version,
         "cuda": assembler_major(options.archs),
         "archs": list(options.archs),
+        "proven": proven(options.archs),
         "kernels": {},
         "choices": {},
     }

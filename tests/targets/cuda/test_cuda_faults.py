@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,13 @@ from cuda.bindings import driver as real
 
 from llmopt.artifact import WeightsPlan
 from llmopt.cli.main import run
+from llmopt.runtime.executors import cuda
 from llmopt.runtime.executors.cuda import driver
 from tests.targets.cuda.fake_builds import compile_without_compiler
 from tests.targets.cuda.fake_driver import FakeDriver
+from tests.targets.cuda.guard import GUARD, RUN
 
+pytestmark = pytest.mark.slow  # compiling two artifacts takes some ten seconds
 RESOURCE, EXECUTOR, ARTIFACT, CONFIG = 10, 12, 9, 3
 ERROR = real.CUresult
 
@@ -130,11 +136,54 @@ def test_device_and_visible_devices_are_respected(
     assert words in caplog.text + capsys.readouterr().err
 
 
-def test_a_damaged_cubin_is_named(artifact: Path, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
-    import shutil
+def test_the_artifact_says_which_architectures_were_run(artifact: Path, capsys: Any) -> None:
+    assert run(["inspect", str(artifact)]) == 0
+    assert re.search(r"sm_80 built, never run, sm_90 run on NVIDIA H200", capsys.readouterr().out)
 
+
+def test_a_damaged_cubin_is_named(artifact: Path, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     copy = shutil.copytree(artifact, tmp_path / "copy")
     victim = next((copy / "kernels" / "sm_90").iterdir())
     victim.write_bytes(b"wrong 1")
     assert generate(copy, monkeypatch, FakeDriver()) == ARTIFACT
     assert victim.name in capsys.readouterr().err
+
+
+FAKE = """
+from llmopt.runtime.executors.cuda import driver
+from tests.targets.cuda.fake_driver import FakeDriver
+driver.cu = FakeDriver()
+"""
+
+
+def test_a_run_needs_no_torch_no_triton_and_no_compiler(artifact: Path, root: Path) -> None:
+    line = [sys.executable, "-c", GUARD + FAKE + RUN, "run", str(artifact), "--device", "cuda", "-p", "The"]
+    done = subprocess.run([*line, "--max-tokens", "2"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("what", ["import torch", "import subprocess; subprocess.run(['nvcc'])"])
+def test_the_guard_works(what: str) -> None:
+    done = subprocess.run([sys.executable, "-c", GUARD + what], capture_output=True, text=True)
+    assert "at run time" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact with its weights inside."""
+    return compile_without_compiler(embedded_model, tmp_path_factory.mktemp("cuda") / "whole", WeightsPlan())
+
+
+def test_golden_tokens_that_differ_are_an_error(whole: Path, monkeypatch: Any, capsys: Any) -> None:
+    assert generate(whole, monkeypatch, FakeDriver()) == EXECUTOR
+    assert "golden tokens differ" in capsys.readouterr().err
+
+
+def test_digests_are_checked_on_the_way(whole: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(cuda, "check_golden", lambda *_, **__: 0)  # kernels that do nothing miss them
+    assert generate(whole, monkeypatch, FakeDriver()) == 0
+    weights = bytearray((whole / "weights.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (whole / "weights.safetensors").write_bytes(weights)
+    assert generate(whole, monkeypatch, FakeDriver()) == ARTIFACT
+    assert "is not what the manifest names" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""Builds what the GPU tests run, with no GPU: python -m tests.targets.cuda.gpu.artifacts FOLDER [CASE …]
+
+FOLDER/CASE is an artifact of a tiny model in bfloat16; FOLDER/CASE.npz holds token sequences, the logits that the
+reference target computes of the same bfloat16 weights in fp32, and the errors it makes itself in bfloat16. The tests
+take FOLDER from LLMOPT_GPU_ARTIFACTS, so that the machine with the GPU needs neither torch nor a compiler.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmopt.compiler import CompileOptions, compile_checkpoint, pass_context
+from llmopt.frontend import capture, load_checkpoint
+from llmopt.ir.pass_manager import PassManager
+from llmopt.lower.lowering import lower
+from llmopt.lower.readers import readers
+from llmopt.recipe import load_recipe, parse_recipe
+from llmopt.registry import load_executor_module, load_target
+from llmopt.runtime.protocol import FloatArray, IntArray
+from llmopt.target import LoadOptions
+from tests.architectures import ARCHITECTURES, make_model
+from tests.targets.cuda.gpu.cases import CASES, CONTEXT, LENGTHS, RUNS, rms_errors
+from tests.targets.cuda.gpu.trained import build_trained
+from tests.targets.ragged import RaggedDriver
+
+OPTIONS = ("target_options: {}", "target_options: {decode_buckets: [4], extend_buckets: [16], extend_sequences: [8]}")
+TARGET = ("target: cuda\n", "target: reference\n")
+SKEW = {"skewed": (4.0,), "empty": (4.0, 3.0)}
+"""Router weights of the first experts on the channel that is large and positive in every token: under ``skewed`` one
+expert is everyone's first choice, under ``empty`` two are everyone's choice and the others get no token."""
+
+
+def cases() -> dict[str, Callable[[], Any]]:
+    """A model of each architecture, and the two with routers of their own under uneven loads."""
+    found: dict[str, Callable[[], Any]] = {n: lambda c=c: make_model(c()) for n, c in ARCHITECTURES.items()}
+    for name in ("mixtral", "qwen3_moe"):
+        for load, pull in SKEW.items():
+            found[f"{name}-{load}"] = lambda n=name, p=pull: skew(make_model(ARCHITECTURES[n]()), p)
+    return found
+
+
+@torch.no_grad()
+def skew(model: Any, pull: tuple[float, ...]) -> Any:
+    """The model with channel 0 large in every embedding, and routers that look at it."""
+    model.get_input_embeddings().weight[:, 0] = 8.0
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:
+            parameter[0] = 1.0
+        if name.endswith("gate.weight") and parameter.shape[0] < 16:
+            parameter[:, 0] = 0.0
+            parameter[: len(pull), 0] = torch.tensor(pull)
+    return model
+
+
+def sequences(vocab_size: int) -> list[IntArray]:
+    """Random tokens."""
+    random = np.random.default_rng(0)
+    return [random.integers(0, vocab_size, n).astype(np.int64) for n in LENGTHS]
+
+
+def reference_logits(checkpoint: Path, dtype: str, tokens: list[IntArray]) -> list[FloatArray]:
+    """Logits of each sequence through the reference target, alone and at once."""
+    recipe = parse_recipe(load_recipe("bf16-cuda").text.replace(*TARGET).replace("dtype: bfloat16", f"dtype: {dtype}"))
+    module = capture(load_checkpoint(checkpoint), recipe.torch_dtype, CONTEXT).module
+    PassManager().run(module, recipe.passes, pass_context(load_target("reference"), recipe))
+    module.prune_weights()
+    program = lower(module)
+    tensors = {name: reader.weight.tensor() for name, reader in readers(program, module.weights).items()}
+    options = LoadOptions(max_sequences=len(tokens), max_context=CONTEXT)
+    executor = load_executor_module("reference").ReferenceExecutor(program, tensors, options)
+    prompts, chunk = RUNS[0]
+    return RaggedDriver(executor).logits(tokens, list(prompts), chunk)
+
+
+def build(case: str, model: Any, folder: Path) -> None:
+    """One artifact and what it is to compute."""
+    with TemporaryDirectory() as place:
+        checkpoint = Path(place)
+        model.to(torch.bfloat16).save_pretrained(checkpoint)
+        tokens = sequences(model.config.vocab_size)
+        expected = reference_logits(checkpoint, "float32", tokens)
+        rounded = reference_logits(checkpoint, "bfloat16", tokens)
+        recipe = parse_recipe(load_recipe("bf16-cuda").text.replace(*OPTIONS))
+        compile_checkpoint(checkpoint, recipe, folder / case, CompileOptions(max_context=CONTEXT))
+    arrays = {f"tokens_{i}": t for i, t in enumerate(tokens)} | {f"logits_{i}": x for i, x in enumerate(expected)}
+    np.savez(folder / f"{case}.npz", rms=rms_errors(rounded, expected), **arrays)  # type: ignore[arg-type]
+
+
+def main(folder: Path, wanted: list[str]) -> None:
+    """Build the wanted cases and trained models, or all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    makers = cases()
+    for case in CASES:
+        if not wanted or case in wanted:
+            build(case, makers[case](), folder)
+            print(case, np.load(folder / f"{case}.npz")["rms"], flush=True)
+    build_trained(folder, wanted)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
