@@ -25,7 +25,7 @@ from llmopt.runtime.sequence import Sequence as Scheduled
 FinishReason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TokenOutput:
     """One new token of a request; ``finish_reason`` on its last one: ``stop`` when the token itself ends it.
 
@@ -48,8 +48,12 @@ class Failure:
 
 @dataclass(slots=True)
 class _Request:
-    sequence: Scheduled
+    """``plain``: neither constrained nor scored."""
+
+    output: list[int]
+    budget: int
     stops: frozenset[int]
+    plain: bool
     scores: PromptScores | None = None
 
 
@@ -115,7 +119,8 @@ class EngineCore:
         scores = None
         if params.prompt_logprobs is not None:
             scores = PromptScores(sequence.prompt, params.prompt_logprobs)
-        self._requests[self._ids] = _Request(sequence, stops, scores)
+        plain = not (sequence.constrained or sequence.scored)
+        self._requests[self._ids] = _Request(sequence.output, sequence.budget, stops, plain, scores)
         self.scheduler.add(sequence)
         return self._ids
 
@@ -178,34 +183,48 @@ class EngineCore:
     def _take(self, plan: Plan, done: StepOutput) -> list[TokenOutput]:
         """Outputs of a step: one for each drawn token whose request has not ended."""
         seq_ids, here = plan.drawn.seq_ids.tolist(), self.scheduler.learn(plan.drawn).tolist()
-        drawn, found = done.sampled, [] if done.tokens is None else done.tokens.tolist()
-        known = [Sampled(token) for token in found]
-        if drawn or len(known) < len(seq_ids):
-            known = [drawn[i] if i in drawn else known[at] for at, i in enumerate(seq_ids)]
         requests, outputs = self._requests, []
-        for seq_id, sampled, alive in zip(seq_ids, known, here):
+        for seq_id, sampled, alive in zip(seq_ids, _in_order(seq_ids, done), here):
             if not alive:
                 continue
             request = requests[seq_id]
-            token, output = sampled.token, request.sequence.output
+            token, output = sampled.token, request.output
             output.append(token)
-            if request.sequence.constrained and (error := self.constraints.accept(seq_id, token)) is not None:
-                self._fail(seq_id, error)
-                continue
-            reason: FinishReason | None = None
-            if token in request.stops:
-                reason = "stop"
-            elif len(output) == request.sequence.budget:
-                reason = "length"
-            prompt: tuple[Sampled, ...] = ()
-            if request.scores is not None:
-                prompt, request.scores = request.scores.whole(), None
-            if reason is not None:
-                self._end(seq_id)
-            outputs.append(TokenOutput(seq_id, sampled, reason, prompt))
+            if request.plain and token not in request.stops and len(output) < request.budget:
+                outputs.append(TokenOutput(seq_id, sampled))
+            elif (last := self._take_one(seq_id, request, sampled)) is not None:
+                outputs.append(last)
         return outputs
+
+    def _take_one(self, seq_id: int, request: _Request, sampled: Sampled) -> TokenOutput | None:
+        """The output of a token that may end its request, or that a grammar or scores go with."""
+        if (error := self.constraints.accept(seq_id, sampled.token)) is not None:
+            self._fail(seq_id, error)
+            return None
+        reason: FinishReason | None = None
+        if sampled.token in request.stops:
+            reason = "stop"
+        elif len(request.output) == request.budget:
+            reason = "length"
+        prompt: tuple[Sampled, ...] = ()
+        if request.scores is not None:
+            prompt, request.scores = request.scores.whole(), None
+        if reason is not None:
+            self._end(seq_id)
+        return TokenOutput(seq_id, sampled, reason, prompt)
 
     def close(self) -> None:
         """Free the executor."""
         self.constraints.close()
         self.executor.close()
+
+
+def _in_order(seq_ids: list[int], done: StepOutput) -> list[Sampled]:
+    """What a step drew for each sequence, decode rows first."""
+    if done.tokens is None:
+        return [done.sampled[seq_id] for seq_id in seq_ids]
+    tokens, more = [Sampled(token) for token in done.tokens.tolist()], done.sampled
+    rest = seq_ids[len(tokens) :]
+    if len(more) > len(rest):
+        tokens = [more.get(seq_id, plain) for seq_id, plain in zip(seq_ids, tokens)]
+    return tokens + [more[seq_id] for seq_id in rest]

@@ -30,8 +30,9 @@ class Decoding:
         self.ids = np.full(places, -1, np.int64)
         self.starts, self.known, self.stops, self.rope_lens, self.tenants = np.zeros((5, places), np.int64)
         self.constrained = np.zeros(places, bool)
-        self._members: dict[int, tuple[int, Sequence]] = {}
-        self._order = np.zeros(0, np.int64)
+        self._members: dict[int, int] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._order: IntArray | None = None
         self._names: dict[str, int] = {}
         self._turn = 0
 
@@ -50,28 +51,30 @@ class Decoding:
         self.stops[place] = len(sequence.prompt) + sequence.budget
         self.rope_lens[place], self.constrained[place] = sequence.rope_len, sequence.constrained
         self.tenants[place] = self._names.setdefault(sequence.tenant, len(self._names))
-        self._members[sequence.seq_id] = place, sequence
-        self._reorder()
+        self._members[sequence.seq_id], self._sequences[place] = place, sequence
+        self._order = None
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence ends, or gives up its place; it learns what its state holds."""
-        place, _ = self._members.pop(sequence.seq_id)
+        place = self._members.pop(sequence.seq_id)
+        del self._sequences[place]
         sequence.computed = int(self.starts[place])
         sequence.pending = int(self.starts[place] + 1 - self.known[place])
         self.ids[place] = -1
-        self._reorder()
+        self._order = None
         if len(self._names) > 64 + 2 * len(self._members):
             self._names.clear()
-            for place, member in self._members.values():
+            for place, member in self._sequences.items():
                 self.tenants[place] = self._names.setdefault(member.tenant, len(self._names))
 
     def pending(self) -> bool:
         """Whether a drawn token of any of them is unknown."""
-        return bool((self.starts[self._order] >= self.known[self._order]).any())
+        order = self._places()
+        return bool((self.starts[order] >= self.known[order]).any())
 
     def ready(self, room: int) -> IntArray:
         """Places (n,) of those that may take a row now, at most ``room``: in turn, when there are more."""
-        order = self._order
+        order = self._places()
         starts = self.starts[order]
         may = starts + 1 < self.stops[order]
         waits = self.constrained[order]
@@ -94,8 +97,11 @@ class Decoding:
         counts = np.bincount(self.tenants[places], minlength=len(self._names))
         return dict(zip(self._names, counts.tolist()))
 
-    def _reorder(self) -> None:
-        self._order = np.fromiter((place for place, _ in self._members.values()), np.int64, len(self._members))
+    def _places(self) -> IntArray:
+        """Places of all of them, in order of joining."""
+        if self._order is None:
+            self._order = np.fromiter(self._members.values(), np.int64, len(self._members))
+        return self._order
 
     def _add_places(self, place: int) -> None:
         more = place + 1 + len(self.ids)

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmopt.program import StatePlan
 from llmopt.runtime.protocol import IntArray, StateOp
-from llmopt.runtime.radix import Node, Radix, Snapshot, common
+from llmopt.runtime.radix import TOKEN_BYTES, Node, Radix, Snapshot, common
 from llmopt.runtime.state import StateAllocator
 
 GRANULE = 16
@@ -273,18 +273,21 @@ class PrefixCache:
         """Lead the chain on over ``tokens``; chunks that another sequence is computing end it."""
         if not chain.open:
             return
-        held = self.allocator.held(seq_id)
+        held, pools, data = self.allocator.held(seq_id), self.allocator.pools, tokens.tobytes()
+        tables = [(held[g.name], g.block_size, pools[g.name]) for g in self.paged]
+        parent = chain.nodes[-1] if chain.nodes else chain.root
         for start in range(len(chain.nodes) * self.granule, len(tokens), self.granule):
-            piece = tokens[start : start + self.granule]
-            if len(piece) < self.granule and not (self.paged and self.partial):
-                return
-            parent, key = (chain.nodes[-1] if chain.nodes else chain.root), piece.tobytes()
+            stop = start + self.granule
+            if stop > len(tokens):
+                if not (self.paged and self.partial):
+                    return
+                stop = len(tokens)
+            key = data[start * TOKEN_BYTES : stop * TOKEN_BYTES]
             child = parent.children.get(key)
             if child is None:
-                stop = start + len(piece)
-                blocks = tuple(tuple(held[g.name][start // g.block_size : g.blocks_for(stop)]) for g in self.paged)
-                for group, some in zip(self.paged, blocks):
-                    self.allocator.pools[group.name].share(some)
+                blocks = tuple([tuple(table[start // size : -(-stop // size)]) for table, size, _ in tables])
+                for (_, _, pool), some in zip(tables, blocks):
+                    pool.share(some)
                 child = self.tree.attach(parent, key, blocks, owner)
             elif child.owner is not None:
                 chain.open = False
@@ -292,6 +295,7 @@ class PrefixCache:
             else:
                 self.tree.pin(child)
             chain.nodes.append(child)
+            parent = child
 
     def _keep_snapshot(self, seq_id: int, chain: _Chain, tokens: IntArray) -> None:
         """The sequence's one-block states become the cache's, in place of those they make superfluous."""

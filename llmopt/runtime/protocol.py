@@ -104,7 +104,7 @@ class StateOp:
     """A state operation done, in order, before the step's rows.
 
     ``copy`` and ``move``: blocks ``source`` of a group to blocks ``target``, on the device. ``swap_out``: blocks
-    ``source`` to a host buffer named by group and ``key``; ``swap_in``: that buffer, which ends, to blocks ``target``;
+    ``source``, which stay as they are, to a host buffer named by group and ``key``; ``swap_in``: that buffer, which ends, to blocks ``target``;
     ``swap_drop``: the buffer ends unused. ``truncate``: blocks ``source`` hold ``length`` tokens from now on.
     """
 
@@ -136,9 +136,10 @@ class StepBatch:
         return self.rows if self.decode is None else (*self.decode.expanded(states), *self.rows)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Sampled:
-    """A drawn token; ``top`` lists (token id, logprob) alternatives, best first."""
+    """A drawn token; ``top`` lists (token id, logprob) alternatives, best first. Not frozen: that takes three times
+    as long to make, and one is made for every token."""
 
     token: int
     logprob: float | None = None

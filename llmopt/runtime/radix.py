@@ -88,8 +88,9 @@ class Radix:
 
     def descend(self, node: Node, tokens: IntArray, limit: int) -> Iterator[Node]:
         """Whole chunks of ``tokens[:limit]`` below a root, as far as they are in the tree."""
-        for start in range(0, limit - self.granule + 1, self.granule):
-            child = node.children.get(tokens[start : start + self.granule].tobytes())
+        data, size = tokens[:limit].tobytes(), self.granule * TOKEN_BYTES
+        for start in range(0, len(data) - size + 1, size):
+            child = node.children.get(data[start : start + size])
             if child is None:
                 return
             yield child

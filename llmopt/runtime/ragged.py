@@ -49,7 +49,7 @@ def ragged_inputs(
     }
     for name in first.keys() - inputs.keys():
         if name.startswith("block_table_"):
-            inputs[name] = np.concatenate(_same_width(first[name], second[name]))
+            inputs[name] = _stacked(first[name], second[name])
         else:
             inputs[name] = np.concatenate((first[name], second[name]), axis=-1)
     return inputs, found + [w + indices for w in wanted]
@@ -115,10 +115,14 @@ def row_inputs(
     return inputs, [np.arange(a, b) for a, b in pairwise(starts)]
 
 
-def _same_width(*tables: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
-    """Block tables (n, W) padded with zeros to the widest one."""
-    width = max(t.shape[1] for t in tables)
-    return [np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in tables]
+def _stacked(*tables: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Block tables (n, W) on top of each other, padded with zeros to the widest one."""
+    width, rows = max(t.shape[1] for t in tables), sum(len(t) for t in tables)
+    stacked, at = np.zeros((rows, width), np.int32), 0
+    for table in tables:
+        stacked[at : at + len(table), : table.shape[1]] = table
+        at += len(table)
+    return stacked
 
 
 def logit_rows(row: SeqStep, start: int) -> IntArray:

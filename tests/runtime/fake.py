@@ -152,7 +152,6 @@ class FakeExecutor:
             case "swap_out":
                 assert (op.group, op.key) not in self.swapped
                 self.swapped[op.group, op.key] = cells[op.source]
-                cells[op.source] = EMPTY
             case "swap_in":
                 cells[op.target] = self.swapped.pop((op.group, op.key))
             case "swap_drop":
