@@ -99,7 +99,7 @@ def graph_seconds(executor: CudaExecutor, batch: int, repeat: int = 20) -> list[
     call("cuEventRecord", events[0], backend.stream)
     for event in events[1:]:
         bound.forward.run()
-        bound.sampling.run()
+        bound.greedy.run()
         call("cuEventRecord", event, backend.stream)
     call("cuEventSynchronize", events[-1])
     return [call("cuEventElapsedTime", a, b) / 1e3 for a, b in pairwise(events)]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from llmopt.artifact import BuildInfo, Manifest, WeightsPlan, write_artifact
 from llmopt.errors import ConfigError
@@ -17,15 +21,22 @@ from llmopt.golden import record_golden
 from llmopt.ir.check import PassChecker
 from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import PassContext, PassManager, PassRecord, split_at_fork
+from llmopt.ir.samples import Calibration
 from llmopt.lower.fork import fork
 from llmopt.lower.lowering import lower
 from llmopt.lower.memory import type_bytes
 from llmopt.lower.readers import readers
 from llmopt.program import Program
-from llmopt.recipe import Recipe
+from llmopt.recipe import CalibrationOptions, Recipe
 from llmopt.registry import load_target
+from llmopt.report.page import accuracy_page
+from llmopt.report.proof import key_figures, prove, rounded, sensitivity
 from llmopt.runtime.chat import check_chat_template
+from llmopt.samples import draw_samples, tokenizer_of
 from llmopt.target import BuildContext, Target, TargetFiles
+
+SENSITIVITY_WINDOWS = 2
+"""Held-out windows each layer is measured on alone."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +44,16 @@ class CompileOptions:
     """What a build may be told beside the recipe.
 
     ``dump_ir``: folder for the IR's text after each pass. ``check_passes``: replay golden inputs around each pass.
-    ``weights``: inside the artifact, in a directory, or drawn from a seed at load.
+    ``weights``: inside the artifact, in a directory, or drawn from a seed at load. ``calibration``: instead of the
+    recipe's. ``sensitivity``: measure what each quantized layer costs alone.
     """
 
     max_context: int | None = None
     dump_ir: Path | None = None
     check_passes: bool = False
     weights: WeightsPlan = field(default_factory=WeightsPlan)
+    calibration: CalibrationOptions | None = None
+    sensitivity: bool = False
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
@@ -73,8 +87,9 @@ def compile_checkpoint(
 ) -> Compiled:
     """Compile the checkpoint directory ``path`` into the artifact ``destination``.
 
-    Timings go to ``<destination>.build.json`` beside it, never inside: equal inputs give equal bytes. Raises
-    any LlmoptError; nothing is left at ``destination`` then.
+    Timings go to ``<destination>.build.json`` beside it, never inside: equal inputs give equal bytes. What calibration
+    computed waits in ``<destination>.calibration`` until the artifact is written; an interrupted build takes it up
+    again. Raises any LlmoptError; nothing is left at ``destination`` then.
     """
     watch = Stopwatch()
     target = load_target(recipe.target)
@@ -83,6 +98,18 @@ def compile_checkpoint(
     check_chat_template(checkpoint.tokenizer_files)
     captured = capture(checkpoint, recipe.torch_dtype, options.max_context or recipe.max_context)
     watch.lap("capture")
+    samples = draw_samples(
+        checkpoint,
+        recipe,
+        options.calibration or recipe.calibration,
+        destination.with_name(destination.name + ".calibration"),
+        captured.module.config.max_context,
+        options.progress,
+    )
+    if samples is not None:
+        calibration = Calibration(samples.windows.calibration, samples.folder, samples.key, options.progress)
+        context = replace(context, calibration=calibration)
+        watch.lap("samples")
     checker = PassChecker() if options.check_passes else None
     records = run_passes(captured, target, recipe, context, options, checker)
     watch.lap("passes")
@@ -93,6 +120,9 @@ def compile_checkpoint(
     golden = record_golden(program, weights) if options.weights.kind != "random" else []
     watch.lap("golden")
     report = describe(checkpoint, captured.module, records, program, files)
+    if samples is not None and captured.module.originals and options.weights.kind != "random":
+        report["accuracy"] = prove_build(checkpoint, captured.module, samples.windows.held_out, options)
+        watch.lap("proof")
     manifest = write_artifact(
         destination,
         info=BuildInfo(
@@ -102,17 +132,21 @@ def compile_checkpoint(
             source=checkpoint.digest,
             eos_token_ids=captured.module.config.eos_token_ids,
             bos_token_id=captured.module.config.bos_token_id,
+            accuracy=key_figures(report["accuracy"]) if "accuracy" in report else {},
         ),
         program=program,
         files=files,
         tokenizer_files=checkpoint.tokenizer_files,
         recipe_text=recipe.text,
         report=json.dumps(report, indent=1, sort_keys=True) + "\n",
+        extra_files=accuracy_files(report, checkpoint, destination.name),
         weights=options.weights,
         golden=golden,
         progress=options.progress,
     )
     watch.lap("write")
+    if samples is not None:
+        shutil.rmtree(samples.folder)
     log: dict[str, Any] = {
         "seconds": watch.seconds,
         "passes": [asdict(r) for r in records],
@@ -122,6 +156,25 @@ def compile_checkpoint(
     log["drifts"] = [asdict(d) for d in checker.drifts] if checker else None
     destination.with_name(destination.name + ".build.json").write_text(json.dumps(log, indent=1) + "\n")
     return Compiled(manifest, report, log)
+
+
+def prove_build(checkpoint: Checkpoint, module: Module, held_out: Tensor, options: CompileOptions) -> dict[str, Any]:
+    """The proof's figures, to six digits: the passes' module beside the checkpoint in fp32."""
+    baseline = capture(checkpoint, torch.float32, options.max_context).module
+    result = prove(baseline, module, held_out, options.progress)
+    if options.sensitivity:
+        alone = sensitivity(module, held_out[:SENSITIVITY_WINDOWS], options.progress)
+        for layer in result["layers"]:
+            layer["kl"] = alone[layer["name"]]
+    figures: dict[str, Any] = rounded(result)
+    return figures
+
+
+def accuracy_files(report: dict[str, Any], checkpoint: Checkpoint, title: str) -> dict[str, bytes]:
+    """accuracy.html, when accuracy was measured."""
+    if "accuracy" not in report:
+        return {}
+    return {"accuracy.html": accuracy_page(report["accuracy"], title, tokenizer_of(checkpoint)).encode()}
 
 
 def pass_context(target: Target, recipe: Recipe) -> PassContext:

@@ -13,7 +13,21 @@ from typing import Any, TypeAlias
 
 from llmopt.errors import ArtifactError
 
-FORMAT = 1
+FORMAT = 2
+
+SAMPLING_RECORD = {
+    "temperature": (0, "float32"), "inverse_temperature": (1, "float32"), "min_p": (2, "float32"),
+    "top_k": (3, "int32"), "repetition": (4, "float32"), "presence": (5, "float32"), "frequency": (6, "float32"),
+    "logprobs": (7, "int32"), "biases": (8, "int32"), "seed": (10, "uint64"), "top_p": (12, "float64"),
+}  # fmt: skip
+"""First word and dtype of each field in a sequence place's sampling record. ``logprobs``: alternatives to report, -1
+for no report; ``biases``: entries used of its row of biases."""
+
+RECORD_WORDS = 16
+MAX_BIASES = 1024
+MAX_ALTERNATIVES = 20
+REPORT_WORDS = 1 + 2 * MAX_ALTERNATIVES
+"""A row of the report: the token's log-probability, ids of the alternatives, their log-probabilities (int32, fp32)."""
 
 
 def plan_file(arch: int) -> str:
@@ -103,28 +117,32 @@ class View:
 class Bucket:
     """The launches for one set of extents (``dims``), and where each arena buffer lies (bytes).
 
-    ``inputs``: what the host sends before a run, states apart. ``sampling``: the launches that draw tokens from the
-    ``logits`` (M, V) into ``sampled`` (M,), apart from the rest so that a grammar mask holds up only them; both stay
-    until the next run. ``zeroed``: arena ranges (offset, bytes) that must hold zeros before the first launch of any
-    bucket; kernels leave zeros there, and no bucket puts anything else there.
+    ``inputs``: what the host sends before a run, states apart. ``greedy``: the launches that draw each row's largest
+    of the ``logits`` (M, V) into ``sampled`` (M,); ``sampling``: those that draw as the places' records say, and write
+    ``reports`` (M, REPORT_WORDS) too. They are apart from the rest so that a grammar mask holds up only them; what
+    they write stays until the next run. ``zeroed``: arena ranges (offset, bytes) that must hold zeros before the first
+    launch of any bucket; kernels leave zeros there, and no bucket puts anything else there.
     """
 
     function: str
     dims: dict[str, int]
     inputs: dict[str, View]
     launches: tuple[Launch, ...]
+    greedy: tuple[Launch, ...]
     sampling: tuple[Launch, ...]
     offsets: dict[str, int]
     arena_bytes: int
     logits: View
     sampled: View
+    reports: View
     zeroed: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Everything the cuda executor runs on one architecture. ``persistent``: buffers that outlive steps, zero at first:
-    ``last_tokens``, each sequence slot's last drawn token."""
+    """Everything the cuda executor runs on one architecture. ``persistent``: buffers that outlive steps, zero at first,
+    a row for each sequence place: ``last_tokens`` drawn; ``records``, ``history``, ``bias_ids`` and ``bias_values`` of
+    sampling; and ``masks``, a row for each masked row of a step."""
 
     arch: int
     kernels: dict[str, Cubin]
@@ -175,9 +193,11 @@ def _bucket(raw: dict[str, Any]) -> Bucket:
     fields = {
         "inputs": {name: _view(v) for name, v in raw["inputs"].items()},
         "launches": tuple(_launch(x) for x in raw["launches"]),
+        "greedy": tuple(_launch(x) for x in raw["greedy"]),
         "sampling": tuple(_launch(x) for x in raw["sampling"]),
         "logits": _view(raw["logits"]),
         "sampled": _view(raw["sampled"]),
+        "reports": _view(raw["reports"]),
         "zeroed": tuple((offset, size) for offset, size in raw["zeroed"]),
     }
     return Bucket(**{**raw, **fields})

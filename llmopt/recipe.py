@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llmopt.errors import ConfigError
 from llmopt.registry import did_you_mean, load_pass, recipe_path
@@ -19,6 +19,21 @@ if TYPE_CHECKING:
     from llmopt.ir.pass_manager import Pass
 
 
+class CalibrationOptions(BaseModel):
+    """The text that calibrating passes see, and that the proof of a quantizing build is measured on.
+
+    ``text``: a UTF-8 or .jsonl file (None: the model writes it, when a pass calibrates). ``tokens``: how many tokens to
+    calibrate on; an eighth as many are held out. ``window``: tokens a window. ``seed``: of the choice of windows.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    text: str | None = None
+    tokens: int = Field(default=32768, ge=2)
+    window: int = Field(default=512, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
 class RecipeFile(BaseModel):
     """The keys of a recipe file. A pass is its name, or one mapping of its name to options."""
 
@@ -27,6 +42,7 @@ class RecipeFile(BaseModel):
     target: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_context: int | None = None
+    calibration: CalibrationOptions | None = None
     passes: list[str | dict[str, dict[str, Any] | None]] = []
     target_options: dict[str, Any] = {}
 
@@ -42,6 +58,7 @@ class Recipe:
     passes: tuple[Pass, ...]
     target_options: dict[str, Any]
     text: str
+    calibration: CalibrationOptions
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -82,8 +99,11 @@ def parse_recipe(text: str, name: str = "recipe", where: str | None = None) -> R
     entries = [_entry(item, f"{where}, pass {i + 1}") for i, item in enumerate(file.passes)]
     passes = tuple(build_pass(n, options, f"{where}, pass {i + 1}") for i, (n, options) in enumerate(entries))
     canonical = file.model_dump() | {"passes": [{n: dict(sorted(o.items()))} if o else n for n, o in entries]}
+    if file.calibration is None:
+        del canonical["calibration"]
     dumped = yaml.safe_dump(canonical, sort_keys=True, allow_unicode=True)
-    return Recipe(name, file.target, file.dtype, file.max_context, passes, dict(file.target_options), dumped)
+    options, calibration = dict(file.target_options), file.calibration or CalibrationOptions()
+    return Recipe(name, file.target, file.dtype, file.max_context, passes, options, dumped, calibration)
 
 
 def build_pass(name: str, options: Mapping[str, Any] | None = None, where: str = "recipe") -> Pass:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llmopt.calibration.session import Group, gram, require_calibration, walk_groups
+from llmopt.calibration.session import Group, Statistics, require_calibration, walk_groups
 from llmopt.calibration.spool import Spooled
 from llmopt.errors import PassError
 from llmopt.ir.module import Module
@@ -35,6 +35,7 @@ class Gptq(Pass):
     """
 
     name: ClassVar[str] = "gptq"
+    calibrates: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "awq", "smoothquant")
     lossy: ClassVar[bool] = True
 
@@ -101,15 +102,13 @@ class Gptq(Pass):
     ) -> dict[str, QuantTensor]:
         """The tensors of a group's weights that are not made yet."""
         found: dict[str, QuantTensor] = {}
-        hessian: list[Tensor] = []
+        statistics = Statistics(group)
 
         def compute(name: str) -> dict[str, Tensor]:
-            if not hessian:
-                hessian.append(gram(group.rows()))
             values = module.weights[name].tensor().float()
             if not bool(values.isfinite().all()):
                 raise PassError("weights hold NaN or infinity", where=f"pass gptq, layer {layer_name(module, name)}")
-            return solve(values, hessian[0], schemes[name], self.act_order, self.static_groups, self.damp)
+            return solve(values, statistics.gram, schemes[name], self.act_order, self.static_groups, self.damp)
 
         for name in dict.fromkeys(site.weights[0] for site in group.sites):
             if name not in made:

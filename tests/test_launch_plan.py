@@ -18,7 +18,8 @@ def plan() -> LaunchPlan:
     view = View("logits", "bfloat16", (1, 96), (96, 1))
     bucket = Bucket(
         "decode", {"M": 1, "N": 1, "T": 1}, {"input_ids": View("input_ids", "int64", (1, 1), (1, 1))}, launches,
-        launches, {"x": 0, "logits": 512}, 1024, view, View("sampled", "int32", (1,), (1,), 64), ((0, 256),),
+        launches, launches[:0], {"x": 0, "logits": 512}, 1024, view, View("sampled", "int32", (1,), (1,), 64),
+        View("reports", "int32", (1, 41), (41, 1)), ((0, 256),),
     )  # fmt: skip
     cubin = Cubin("kernels/sm_90/gemv_1.cubin", "gemv", 128, 2048, 40, 0)
     return LaunchPlan(90, {"gemv_1": cubin}, (bucket,), {"last_tokens": View("last_tokens", "int32", (4,), (1,))})
@@ -40,7 +41,7 @@ def test_the_arena_serves_the_largest_bucket() -> None:
     "change",
     [
         lambda raw: raw.pop("arch"),
-        lambda raw: raw.update(format=2),
+        lambda raw: raw.update(format=1),
         lambda raw: raw["buckets"][0].pop("launches"),
         lambda raw: raw["buckets"][0]["launches"][0]["args"].append(["texture", "x"]),
         lambda raw: raw["kernels"]["gemv_1"].update(color="red"),

@@ -47,6 +47,7 @@ class BuildInfo:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+    accuracy: Mapping[str, Any] = field(default_factory=dict)
 
 
 def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
@@ -165,6 +166,7 @@ def _manifest(
         notes=notes,
         files=files,
         weights=weights,
+        accuracy=dict(info.accuracy),
     )
 
 

@@ -73,20 +73,41 @@ def walk_groups(
         yield Group(index, group, walk, layer)
 
 
-def gram(rows: Iterator[Tensor]) -> Tensor:
-    """Sum of x xᵀ over rows (T, K): (K, K) fp32."""
-    total: Tensor | None = None
-    for x in rows:
-        total = x.T @ x if total is None else total.addmm_(x.T, x)
-    assert total is not None
-    return total
+class Statistics:
+    """What a group's inputs are like, over all windows: computed in one reading, when first asked for."""
 
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self._found: tuple[Tensor, Tensor, Tensor] | None = None
 
-def sample_rows(rows: Iterator[Tensor], windows: int, most: int) -> Tensor:
-    """At most ``most`` rows (S, K), evenly spaced in each of the windows."""
-    each = max(1, most // windows)
-    picked = []
-    for x in rows:
-        step = max(1, len(x) // each)
-        picked.append(x[::step][:each])
-    return torch.cat(picked)
+    @property
+    def gram(self) -> Tensor:
+        """Sum of x xᵀ over rows, (K, K) fp32."""
+        return self._all()[0]
+
+    @property
+    def magnitude(self) -> Tensor:
+        """Mean |x| of each channel, (K,)."""
+        return self._all()[1]
+
+    @property
+    def largest(self) -> Tensor:
+        """Largest |x| of each channel, (K,)."""
+        return self._all()[2]
+
+    def divide(self, scale: Tensor) -> None:
+        """Follow a rescaling of the group's input by 1 / ``scale`` (K,)."""
+        if self._found is not None:
+            gram, magnitude, largest = self._found
+            self._found = gram / torch.outer(scale, scale), magnitude / scale, largest / scale
+
+    def _all(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._found is None:
+            total, sums, most, count = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
+            for x in self.group.rows():
+                magnitude = x.abs()
+                total = total.addmm_(x.T, x) if count else x.T @ x
+                sums, most = sums + magnitude.sum(0), torch.maximum(most, magnitude.amax(0))
+                count += len(x)
+            self._found = total, sums / count, most
+        return self._found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmopt.cli.output import emit_json, emit_pairs, emit_table, human_bytes, progress_bar
+from llmopt.cli.output import accuracy_lines, emit_json, emit_pairs, emit_table, human_bytes, progress_bar
 
 if TYPE_CHECKING:
     from llmopt.artifact import WeightsPlan
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
               help="Where weights go: 'inside', a directory beside it, or 'random:SEED' (drawn at load).")  # fmt: skip
 @click.option("--dump-ir", type=click.Path(path_type=Path, file_okay=False), help="Write the IR here after each pass.")
 @click.option("--check-passes", is_flag=True, help="Replay golden inputs around each pass; exit 7 when one drifts.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text or .jsonl file to calibrate and prove on.")
+@click.option(
+    "--calibration-tokens", type=click.IntRange(2), help="Tokens to calibrate on; default: the recipe's, or 32768."
+)
+@click.option("--sensitivity", is_flag=True, help="Measure what each quantized layer costs alone (slow).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report and the build log as JSON.")
 def compile_command(
     checkpoint: Path,
@@ -34,6 +39,9 @@ def compile_command(
     weights_option: str,
     dump_ir: Path | None,
     check_passes: bool,
+    calibration: Path | None,
+    calibration_tokens: int | None,
+    sensitivity: bool,
     as_json: bool,
 ) -> None:
     """Compile a Hugging Face checkpoint directory into an artifact.
@@ -46,8 +54,11 @@ def compile_command(
     from llmopt.recipe import load_recipe
 
     with progress_bar(not as_json) as progress:
-        options = CompileOptions(max_context, dump_ir, check_passes, plan, progress)
-        compiled = compile_checkpoint(checkpoint, load_recipe(recipe), output, options)
+        loaded = load_recipe(recipe)
+        given = {"text": calibration and str(calibration), "tokens": calibration_tokens}
+        samples = loaded.calibration.model_copy(update={k: v for k, v in given.items() if v is not None})
+        options = CompileOptions(max_context, dump_ir, check_passes, plan, samples, sensitivity, progress)
+        compiled = compile_checkpoint(checkpoint, loaded, output, options)
     if as_json:
         emit_json({"artifact": str(output), "report": compiled.report, "log": compiled.log})
     else:
@@ -95,6 +106,8 @@ def show(compiled: Compiled, output: Path) -> None:
             ("artifact", output),
         ]
     )
+    if found := compiled.report.get("accuracy"):
+        emit_pairs(accuracy_lines(found), title="accuracy on held-out text")
 
 
 def coverage_line(ledger: dict[str, Any]) -> str:

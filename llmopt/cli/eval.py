@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmopt.cli.output import emit_json, emit_pairs, progress_bar
-from llmopt.errors import ConfigError, RequestError
+from llmopt.cli.output import accuracy_lines, emit_json, emit_pairs, progress_bar
+from llmopt.errors import ConfigError, RequestError, ResourceError
 
 if TYPE_CHECKING:
     from llmopt.artifact import Artifact
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 @click.option("--threads", default=0, type=click.IntRange(0), help="Threads of the executor (0: all cores).")
 @click.option("--device", default="cpu", show_default=True, help="Device of the executor: cpu or cuda.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Directory of the weights, when kept outside.")
+@click.option(
+    "--report", type=click.Path(path_type=Path, file_okay=False), help="Write report.json and index.html here."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     artifact: Path,
@@ -36,12 +39,14 @@ def evaluate(
     threads: int,
     device: str,
     weights: Path | None,
+    report: Path | None,
     as_json: bool,
 ) -> None:
     """Score ARTIFACT on a text: consecutive windows, each from an empty state, all next tokens.
 
-    With --baseline also the relative change of perplexity (95% interval by paired block bootstrap over windows),
-    the KL divergence from the baseline's distribution, and how often both rank the same token first.
+    With --baseline also the relative change of perplexity, the KL divergence from the baseline's distribution, and how
+    often both rank the same token first, each with its 95% interval by block bootstrap over windows; loss and KL by
+    position; the tokens that changed most. --report keeps all of it, with plots.
     """
     from llmopt.artifact import Artifact
     from llmopt.report.evaluate import score, split_windows, summarize
@@ -60,10 +65,29 @@ def evaluate(
     finally:
         executor.close()
     result = {"artifact": str(artifact), "text": str(text), "window": window, **result}
+    if report is not None:
+        write_report(report, result, opened)
     if as_json:
         emit_json(result)
     else:
-        emit_pairs(describe(result))
+        emit_pairs(accuracy_lines(result))
+
+
+def write_report(folder: Path, result: dict[str, Any], artifact: Artifact) -> None:
+    """report.json and a self-contained index.html. Raises ResourceError when they cannot be written."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    from llmopt.report.page import accuracy_page
+
+    page = accuracy_page(result, artifact.path.name, Tokenizer.from_file(str(artifact.file("tokenizer.json"))))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (folder / "index.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"cannot write the report: {error.strerror}", where=str(folder)) from error
 
 
 def tokenize(artifact: Artifact, text: Path) -> Any:
@@ -108,21 +132,3 @@ def open_baseline(path: Path | None, window: int, threads: int) -> Iterator[Exec
         yield executor
     finally:
         executor.close()
-
-
-def describe(result: dict[str, Any]) -> list[tuple[str, object]]:
-    """The lines a person reads."""
-    lines: list[tuple[str, object]] = [
-        ("scored", f"{result['scored_tokens']} tokens in {result['windows']} windows of {result['window']}"),
-        ("perplexity", f"{result['perplexity']:.4f}"),
-    ]
-    if base := result.get("baseline"):
-        change = base["change"]
-        interval = f"[{change['low']:+.3%}, {change['high']:+.3%}]"
-        lines += [
-            ("baseline perplexity", f"{base['perplexity']:.4f}"),
-            ("change", f"{change['value']:+.3%}, 95% interval {interval}"),
-            ("KL mean, p99", f"{base['kl_mean']:.3e}, {base['kl_p99']:.3e} nats"),
-            ("same first choice", f"{base['top1_agreement']:.2%}"),
-        ]
-    return lines

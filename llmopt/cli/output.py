@@ -68,3 +68,22 @@ def progress_bar(enabled: bool = True) -> Iterator[Progress]:
             bar.update(tasks[what], completed=done, total=total)
 
         yield update
+
+
+def accuracy_lines(result: dict[str, Any]) -> list[tuple[str, object]]:
+    """Perplexity and, where there is a baseline, the distance from it, with 95% intervals."""
+    lines: list[tuple[str, object]] = [
+        ("scored", f"{result['scored_tokens']} tokens in {result['windows']} windows of {result['window']}"),
+        ("perplexity", f"{result['perplexity']:.4f}"),
+    ]
+    if base := result.get("baseline"):
+        change, spans = base["change"], base["intervals"]
+        kl, agreement = spans["kl_mean"], spans["top1_agreement"]
+        lines += [
+            ("baseline perplexity", f"{base['perplexity']:.4f}"),
+            ("change", f"{change['value']:+.3%}, 95% interval [{change['low']:+.3%}, {change['high']:+.3%}]"),
+            ("KL mean", f"{base['kl_mean']:.3e} nats, 95% interval [{kl[0]:.3e}, {kl[1]:.3e}]"),
+            ("KL p99", f"{base['kl_p99']:.3e} nats"),
+            ("same first choice", f"{base['top1_agreement']:.2%}, [{agreement[0]:.2%}, {agreement[1]:.2%}]"),
+        ]
+    return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -67,9 +68,9 @@ class Folding:
             rows = arguments(edit.call)[edit.slot].meta["val"].shape[0]
             full = torch.ones(rows)
             full[edit.start : edit.stop] = made
-            swap(module, function, edit.call, edit.slot, lambda w, f=full, e=edit: Scaled(w, 0, f, e.offset))
+            swap(module, function, edit.call, edit.slot, partial(Scaled, axis=0, factor=full, offset=edit.offset))
         for reader in self.readers:
-            swap(module, function, reader, 1, lambda w: Scaled(w, -1, 1 / factor))
+            swap(module, function, reader, 1, partial(Scaled, axis=-1, factor=1 / factor))
 
 
 def find_folding(source: fx.Node) -> Folding | None:
@@ -99,7 +100,7 @@ def norm_edits(node: fx.Node) -> tuple[Edit, ...] | None:
         node = node.args[0]
     if node.target not in NORMS:
         return None
-    weight, bias, offset = NORMS[node.target]  # type: ignore[index]
+    weight, bias, offset = NORMS[node.target]
     given = arguments(node)
     if not is_weight(given[weight]) or (bias is not None and given[bias] is not None and not is_weight(given[bias])):
         return None

@@ -31,7 +31,7 @@ class Module:
     ``weights``, its ``meta["val"]`` a fake tensor; the fx module need not have the attribute. ``dims`` maps a
     dim name to (min, max), and ``symbols`` the ShapeEnv's symbol to the dim name. ``states`` is empty until
     rewrite_kv_cache; ``state_outputs`` maps a function's state placeholder to the index of its final version
-    among the outputs.
+    among the outputs. ``originals``: what quantized weights were made of, by the name their codes extend.
     """
 
     functions: dict[str, fx.GraphModule]
@@ -42,6 +42,7 @@ class Module:
     states: list[StateGroup] = field(default_factory=list)
     state_outputs: dict[str, int] = field(default_factory=dict)
     rope_switch: int | None = None
+    originals: dict[str, Weight] = field(default_factory=dict)
 
     @property
     def fake_mode(self) -> Any:

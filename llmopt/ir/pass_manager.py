@@ -49,13 +49,15 @@ class Pass(ABC):
     """A rewrite of a module. Its dataclass fields are its recipe options; ``name`` is its file's stem.
 
     ``after``: passes that must run earlier when a recipe lists them at all. ``lossy``: the pass changes the
-    numerics by design (quantization), so that checks report its error instead of failing. ``expect``: the
-    number of rewrites a recipe demands. ``functions``: the functions to serve (None: all).
+    numerics by design (quantization), so that checks report its error instead of failing. ``calibrates``: the pass
+    reads ``ctx.calibration``. ``expect``: the number of rewrites a recipe demands. ``functions``: the functions to
+    serve (None: all).
     """
 
     name: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
     lossy: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
 
     expect: int | None = field(default=None, kw_only=True)
     functions: tuple[str, ...] | None = field(default=None, kw_only=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+import torch
 from torch import fx
 
 from llmopt.errors import PassError
@@ -124,6 +125,7 @@ def put_codes(module: Module, function: fx.GraphModule, site: Site, tensors: Map
     parts: list[fx.Node | None] = []
     node = site.node
     chosen = [tensors[name] for name in site.weights]
+    module.originals |= {name: module.weights[name] for name in site.weights}
     for name, tensor in zip(site.weights, chosen):
         for kind, part in (("codes", tensor.codes), ("scales", tensor.scales), ("zeros", tensor.zeros)):
             parts.append(None if part is None else module.weight_node(function, f"{name}.{kind}", part))
@@ -141,6 +143,38 @@ def put_codes(module: Module, function: fx.GraphModule, site: Site, tensors: Map
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     function.graph.erase_node(node)
+
+
+def restored(module: Module, keep: Collection[str]) -> Module:
+    """A copy whose quantized linears, but those over the weights ``keep``, read what they were made of again."""
+    functions = {}
+    for name, function in module.functions.items():
+        functions[name] = fx.GraphModule(torch.nn.Module(), fx.Graph())
+        functions[name].graph = copied(function.graph)
+    copy = replace(module, functions=functions, weights=dict(module.weights))
+    for function in functions.values():
+        for node in function.graph.find_nodes(op="call_function", target=LINEAR_Q):
+            given = arguments(node)
+            name = str(given[1].target).removesuffix(".codes")
+            if name in keep or name not in module.originals:
+                continue
+            weight = copy.weight_node(function, name, module.originals[name])
+            with function.graph.inserting_before(node):
+                plain = function.graph.call_function(LINEAR, (given[0], weight, given[4]))
+            plain.meta = dict(node.meta)
+            node.replace_all_uses_with(plain)
+            function.graph.erase_node(node)
+    return copy
+
+
+def copied(source: fx.Graph) -> fx.Graph:
+    """A copy of a graph; its nodes keep their names and share their values' types."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in source.nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+        made[node].meta = dict(node.meta)
+    return graph
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 Doubles: TypeAlias = npt.NDArray[np.float64]
+Statistic: TypeAlias = Callable[[Array], float]
 
 ROWS = 64  # rows turned to fp64 at a time: 64 x 256k vocabulary is 134 MB
 
@@ -21,6 +23,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def to_json(self) -> dict[str, float]:
+        """Value, low and high."""
+        return asdict(self)
 
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
@@ -67,3 +73,20 @@ def paired_bootstrap(a: Doubles, b: Doubles, draws: int = 2000, seed: int = 0) -
     picks = np.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
     low, high = np.quantile(np.expm1(difference[picks].mean(axis=1)), (0.025, 0.975))
     return Interval(float(np.expm1(difference.mean())), float(low), float(high))
+
+
+def block_bootstrap(values: Array, statistic: Statistic, draws: int = 500, seed: int = 0) -> Interval:
+    """A statistic of values (windows, tokens), with a 95% interval by block bootstrap: whole windows are drawn."""
+    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile([statistic(values[pick]) for pick in picks], (0.025, 0.975))
+    return Interval(statistic(values), float(low), float(high))
+
+
+def mean(values: Array) -> float:
+    """The mean."""
+    return float(values.mean())
+
+
+def p99(values: Array) -> float:
+    """The 99th percentile."""
+    return float(np.quantile(values, 0.99))

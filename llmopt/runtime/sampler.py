@@ -70,14 +70,6 @@ class HostSampler:
         """The sequence's last token: the last one drawn, or the end of its prompt."""
         return self._rows[seq_id].last
 
-    def greedy(self, seq_id: int) -> bool:
-        """Whether the sequence's next token is nothing but the argmax, which a device may draw."""
-        return self._rows[seq_id].plain
-
-    def accept(self, seq_id: int, token: int) -> None:
-        """Record a token that a device drew for a ``greedy`` sequence."""
-        self._rows[seq_id].push(token)
-
     def sample_rows(
         self, seq_ids: Sequence[int], logits: FloatArray, masks: Mapping[int, Bitmask] | None = None
     ) -> list[Sampled]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llmopt.launch import Bucket, Cubin, Launch, LaunchPlan, TensorMap, View, plan_file
-from llmopt.program import Function, Program
+from llmopt.program import Function, Program, eval_shape
 from llmopt.target import BuildContext, TargetFiles, WeightReader
 
 from .cache import Compiled, CubinCache, Job
 from .compile import assembler_major, compile_all, compiler_version
-from .feedback import LAST, with_feedback
+from .feedback import KEPT, with_feedback
 from .kernel import Kernel, Specialization
 from .options import CudaOptions
 from .plan import BucketPlan, dense, place, plan_bucket, view
@@ -21,8 +21,8 @@ from .proven import proven
 from .select import Selector, discover
 from .tuning import load_tuning
 
-PLACES = 4
-"""Places for last tokens, times the largest batch: places are free again only when a step has been collected."""
+PLACES = 2
+"""Sequence places, times the largest batch: a step may admit as many sequences as it releases."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,9 @@ def finish(
 
 def persistent(plan: ArchPlan) -> dict[str, View]:
     """Buffers that outlive steps."""
-    return {LAST: view(dense(LAST, "int32", (slots(plan.buckets),)), 1)}
-
-
-def slots(buckets: Iterable[BucketPlan]) -> int:
-    """Sequence slots the plans were made with."""
-    return max(int(bucket.function.types[LAST].shape[0]) for bucket in buckets)
+    types = plan.buckets[0].function.types
+    return {name: view(dense(name, types[name].dtype, eval_shape(types[name].shape, {})), len(types[name].shape))
+            for name in KEPT}  # fmt: skip
 
 
 def with_maps(bucket: Bucket, maps: Mapping[str, tuple[tuple[tuple[int, ...], int], ...]]) -> Bucket:

@@ -11,7 +11,7 @@ from llmopt.launch import Bucket, Launch, Operand, Pointer, Scalar, TensorMap, V
 from llmopt.lower.memory import ALIGNMENT, Interval, plan_memory
 from llmopt.program import Function, OpCall, Program, dtype_bytes, eval_shape
 
-from .feedback import DRAWN, GREEDY, LAST
+from .feedback import DRAWN, GREEDY, KEPT, REPORTS, SAMPLE
 from .kernel import CallSite, KernelLaunch, Scratch, Specialization, Strided, TmaOperand
 from .select import Choice
 from .views import evaluate, resolve_view
@@ -76,11 +76,9 @@ def plan_bucket(
 ) -> BucketPlan:
     """Choose kernels for every call that moves data. Raises TargetError for a call nothing serves."""
     values = {name: dense(name, w.type.dtype, eval_shape(w.type.shape, {})) for name, w in program.weights.items()}
-    for name in function.inputs:
+    for name in (*function.inputs, *KEPT):
         kind = function.types[name]
         values[name] = dense(name, kind.dtype, eval_shape(kind.shape, dims))
-    last = function.types[LAST]
-    values[LAST] = dense(LAST, last.dtype, eval_shape(last.shape, dims))
     plan = BucketPlan(function, dict(dims), [], {}, {}, {})
     for index, call in enumerate(function.calls):
         arguments = {name: evaluate(arg, values, dims) for name, arg in call.args.items()}
@@ -99,7 +97,7 @@ def plan_bucket(
             check_alignment(launch, call)
             plan.launches.append(PlannedLaunch(launch, call, index))
             claim_scratch(plan, launch, call)
-    plan.outputs = {"logits": values[function.outputs[0]], DRAWN: values[DRAWN]}
+    plan.outputs = {"logits": values[function.outputs[0]], DRAWN: values[DRAWN], REPORTS: values[REPORTS]}
     return plan
 
 
@@ -188,22 +186,25 @@ def place(plan: BucketPlan, zero_bytes: int, kernel_name: Callable[[Specializati
         offsets[name] = at
         zeroed.append((at, size))
         at += size
-    launches: dict[bool, list[Launch]] = {False: [], True: []}
+    launches: dict[str, list[Launch]] = {"": [], GREEDY: [], SAMPLE: []}
     for planned in plan.launches:
         spec = planned.launch.specialization
         args = tuple(operand(arg, type_, planned.call) for (_, type_), arg in zip(spec.signature, planned.launch.args))
         grid, moved, scope = planned.launch.grid, planned.launch.bytes, planned.call.scope
-        launches[planned.call.op == GREEDY].append(Launch(kernel_name(spec), grid, args, spec.pdl, moved, scope))
+        graph = planned.call.op if planned.call.op in launches else ""
+        launches[graph].append(Launch(kernel_name(spec), grid, args, spec.pdl, moved, scope))
     return Bucket(
         function=plan.function.name,
         dims=dict(sorted(plan.dims.items())),
         inputs=inputs(plan),
-        launches=tuple(launches[False]),
-        sampling=tuple(launches[True]),
+        launches=tuple(launches[""]),
+        greedy=tuple(launches[GREEDY]),
+        sampling=tuple(launches[SAMPLE]),
         offsets=dict(sorted(offsets.items())),
         arena_bytes=zero_bytes + memory.total,
         logits=view(plan.outputs["logits"], 2),
         sampled=view(plan.outputs[DRAWN], 1),
+        reports=view(plan.outputs[REPORTS], 2),
         zeroed=tuple(zeroed),
     )
 

@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from llmopt.program import dtype_bytes
+
 from ..kernel import Argument, KernelLaunch, Scratch, Specialization, Strided, TmaOperand
 from ..views import reshaped
 
 POINTERS = {
     "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "float64": "*fp64", "int32": "*i32",
-    "int64": "*i64", "bool": "*i1", "int8": "*i8", "uint8": "*u8",
+    "int64": "*i64", "int16": "*i16", "bool": "*i1", "int8": "*i8", "uint8": "*u8",
 }  # fmt: skip
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 FLOATS = ("bfloat16", "float16", "float32")
@@ -143,7 +145,7 @@ def nbytes(*tensors: Strided | None) -> int:
     for x in tensors:
         if x is None:
             continue
-        size = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8, "float64": 8}.get(x.dtype, 1)
+        size = nbytes_of(x)
         for extent, stride in zip(x.shape, x.strides):
             size *= extent if stride else 1
         total += size
@@ -203,4 +205,4 @@ def launch(
 
 def nbytes_of(x: Strided) -> int:
     """Bytes of one element."""
-    return {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8, "float64": 8}.get(x.dtype, 1)
+    return dtype_bytes(x.dtype)

@@ -2,9 +2,11 @@
 
 The semantics are those of llmopt.runtime.sampler: penalties, logit bias, grammar mask, temperature, top-k, top-p of
 what top-k left, min-p; ties go to the lowest id; the draw inverts the cumulative distribution in order of token id;
-randomness is Philox by (seed, position), so that a draw depends on nothing else.
+randomness is Philox by (seed, position), so that a draw depends on nothing else. Weights are fp32 exponentials
+(relative error about 1e-6), sums fp64: a draw whose number falls that close to a boundary may differ from the host's.
 
-Ops (not of the IR: the executor's sampling graph): ``llmopt.edit_logits``, ``llmopt.sample``, ``llmopt.record_token``.
+Op (not of the IR: the executor's sampling graph): ``llmopt.sample``. Five launches: edit, count what lies above some
+cuts, copy out what may be kept, draw, report log-probabilities; rows that don't need one leave it at once.
 """
 
 from __future__ import annotations
@@ -15,52 +17,20 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..kernel import CallSite, Selection
-from ._common import cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait
+from ..kernel import CallSite, Scratch, Selection
+from ._common import cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2
+from ._edit import INVERSE, LOGPROBS, MIN_P, RECORD, SEED, TEMPERATURE, TOP_K, TOP_P, counted, edit, number
+from ._sift import CUTS, census, filtered, row_weight, sift, wide
 
+STRETCH = 2048
+"""Vocabulary entries a program: 63 programs a row at 128k, enough loads in flight for one row."""
 
-@triton.jit
-def edit_logits(
-    logits, slots, history, repetition, presence, frequency, mask, out,
-    V: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out (M, V) fp32 = logits (M, V) with penalties and the grammar mask applied.
+LIST = 4096
+"""Entries that may be kept before the draw reads the whole row instead."""
 
-    history (S, V) int32 by sequence slot: twice the times a token was drawn, plus one if the prompt holds it;
-    repetition, presence, frequency (M,) fp32; mask (M, WORDS) int32, bit set = allowed, or absent. Rows whose slot is
-    negative are left alone. Floor: logits, history and out once.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pdl_release(PDL)
-    pdl_wait(PDL)
-    slot = tl.load(slots + row).to(tl.int64)
-    if slot >= 0:
-        x = tl.load(logits + row * V + v, mask=v < V, other=0.0).to(tl.float32)
-        if history is not None:
-            seen = tl.load(history + slot * V + v, mask=v < V, other=0)
-            times = (seen >> 1).to(tl.float32)
-            r = tl.load(repetition + row)
-            x = tl.where(seen > 0, tl.where(x > 0, x / r, x * r), x)
-            x -= tl.load(frequency + row) * times + tl.where(times > 0, tl.load(presence + row), 0.0)
-        if mask is not None:
-            word = tl.load(mask + row * WORDS + v // 32, mask=v < V, other=0)
-            x = tl.where(((word >> (v % 32)) & 1) != 0, x, float("-inf"))
-        tl.store(out + row * V + v, x, mask=v < V)
-
-
-@triton.jit
-def add_bias(ids, values, slots, out, V: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """out (M, V) fp32 at ids (M, B) int32 gains values (M, B) fp32; ids are different in a row, -1 for none."""
-    row = tl.program_id(0).to(tl.int64)
-    b = tl.arange(0, BLOCK)
-    pdl_release(PDL)
-    pdl_wait(PDL)
-    if tl.load(slots + row) >= 0:
-        at = tl.load(ids + row * B + b, mask=b < B, other=-1)
-        ok = (at >= 0) & (at < V)
-        here = out + row * V + tl.where(ok, at, 0)
-        tl.store(here, tl.load(here, mask=ok, other=0.0) + tl.load(values + row * B + b, mask=ok, other=0.0), mask=ok)
+MOST_COUNTED = tl.constexpr(32765)
+LEAST = tl.constexpr(-2139095040)
+"""The key of the least finite number."""
 
 
 @triton.jit
@@ -88,36 +58,37 @@ def philox_uniform(seed_low, seed_high, position):
 
 
 @triton.jit
-def heavier(x, top, inverse, low, step, V: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
-    """How many entries (COUNT), or what weight, lie at or above each of the keys low + step, + 2 step, + 3 step."""
-    a = tl.zeros((BLOCK,), tl.float64)
-    b = tl.zeros((BLOCK,), tl.float64)
-    c = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, V, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        value = tl.load(x + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        key = ordered(value).to(tl.int64)
-        if COUNT:
-            w = tl.where(v < V, 1.0, 0.0)
-        else:
-            w = tl.exp((value - top) * inverse)
-        w = w.to(tl.float64)
-        a += tl.where(key >= low + step, w, 0.0)
-        b += tl.where(key >= low + 2 * step, w, 0.0)
-        c += tl.where(key >= low + 3 * step, w, 0.0)
-    return tl.sum(a), tl.sum(b), tl.sum(c)
+def reach(low, steps):
+    """A key some way above another, at most the largest there is, which no number has."""
+    return tl.minimum(low + steps, 2147483647).to(tl.int32)
 
 
 @triton.jit
-def threshold(x, top, inverse, low, wanted, V: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def heavier(x, n, top, inverse, low, step, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """How many of n entries (COUNT), or what weight, lie at or above the keys low + step, + 2 step, + 3 step."""
+    kind: tl.constexpr = tl.int32 if COUNT else tl.float64
+    a, b, c = tl.zeros((BLOCK,), kind), tl.zeros((BLOCK,), kind), tl.zeros((BLOCK,), kind)
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        value = tl.load(x + i, mask=i < n, other=float("-inf"))
+        key = ordered(value)
+        w = tl.where(i < n, 1, 0) if COUNT else tl.exp((value - top) * inverse)
+        a += tl.where(key >= reach(low, step), w, 0).to(kind)
+        b += tl.where(key >= reach(low, 2 * step), w, 0).to(kind)
+        c += tl.where(key >= reach(low, 3 * step), w, 0).to(kind)
+    return tl.sum(a).to(tl.float64), tl.sum(b).to(tl.float64), tl.sum(c).to(tl.float64)
+
+
+@triton.jit
+def threshold(x, n, top, inverse, low, wanted, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """The largest key at or above which lies at least ``wanted`` count or weight, at least ``low``; and how much lies
-    strictly above it. Each pass over x (from L2) settles two bits of the key."""
+    strictly above it. Each pass over x (n,) settles two bits of the key."""
     span = ordered(top).to(tl.int64) - low + 1
     step = tl.full((), 1, tl.int64) << 30
     beyond = tl.full((), 0.0, tl.float64)
     while step > 0:
         if step < span:
-            a, b, c = heavier(x, top, inverse, low, step, V, BLOCK, COUNT)
+            a, b, c = heavier(x, n, top, inverse, low, step, BLOCK, COUNT)
             if c >= wanted:
                 low += 3 * step
             elif b >= wanted:
@@ -133,92 +104,6 @@ def threshold(x, top, inverse, low, wanted, V: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def sample(
-    logits, slots, temperature, top_k, top_p, min_p, seeds, positions, last, out,
-    V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One token a row of logits (M, V): the largest at temperature 0, else a draw. One program a row.
-
-    slots (M,) int32: a negative one draws nothing and gives -1; temperature and min_p (M,) fp32, top_p (M,) fp64,
-    top_k (M,) int32 (min_p 0, top_p 1 and top_k 0 are off); seeds (M, 2) int32, low word first; positions (M,) int64;
-    last (S,) int32 takes the token at the row's slot. A row that holds NaN or infinity, or allows nothing, gives -1 too. Floor: logits once; top-k and
-    top-p read them 16 times each from L2.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    pdl_release(PDL)
-    pdl_wait(PDL)
-    slot = tl.load(slots + row)
-    token = -1
-    if slot >= 0:
-        x = logits + row * V
-        lane = tl.arange(0, BLOCK)
-        peaks = tl.full((BLOCK,), float("-inf"), tl.float32)
-        at = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, V, BLOCK):
-            value = tl.load(x + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
-            value = tl.where(value == value, value, float("inf"))
-            at = tl.where(value > peaks, start + lane, at)
-            peaks = tl.maximum(peaks, value)
-        top = tl.max(peaks)
-        if (top < float("inf")) & (top > float("-inf")):
-            token = tl.min(tl.where(peaks == top, at, V))
-            heat = tl.load(temperature + row)
-            if heat > 0:
-                token = draw(
-                    x, top, 1 / heat, tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row),
-                    philox_uniform(tl.load(seeds + 2 * row), tl.load(seeds + 2 * row + 1), tl.load(positions + row)),
-                    V, BLOCK,
-                )  # fmt: skip
-            tl.store(last + slot, token)
-    tl.store(out + row, token)
-
-
-@triton.jit
-def draw(x, top, inverse, top_k, top_p, min_p, uniform, V: tl.constexpr, BLOCK: tl.constexpr):
-    """A token of the kept entries, in proportion to exp((x - top) · inverse), in order of id."""
-    lane = tl.arange(0, BLOCK)
-    LEAST: tl.constexpr = -2139095040  # the key of the least finite number
-    low = tl.full((), LEAST, tl.int64)  # kept: keys above ``low``, and the first ``ties`` at it
-    ties = tl.full((), V, tl.int64)
-    if (top_k > 0) & (top_k < V):
-        low, above = threshold(x, top, inverse, low, top_k.to(tl.float64), V, BLOCK, True)
-        ties = top_k.to(tl.int64) - above.to(tl.int64)
-    if top_p < 1:
-        total, lightest = kept_weight(x, top, inverse, low, ties, V, BLOCK)
-        wanted = top_p.to(tl.float64) * total
-        more, above = threshold(x, top, inverse, low, wanted, V, BLOCK, False)
-        if more > low:
-            ties = tl.full((), V, tl.int64)
-            lightest = key_weight(more, top, inverse)
-        elif above > wanted:
-            above = wanted
-        needed = tl.ceil((wanted - above) / tl.maximum(lightest, 1e-300)).to(tl.int64)
-        ties = tl.minimum(ties, tl.maximum(needed, 1))
-        low = more
-    total = tl.full((), 0.0, tl.float64)
-    passed = tl.full((), 0, tl.int64)
-    for start in range(0, V, BLOCK):
-        w, equal = kept(x, start + lane, top, inverse, min_p, low, ties, passed, V)
-        total += tl.sum(w)
-        passed += equal
-    goal = uniform * total
-    before = tl.full((), 0.0, tl.float64)
-    passed = tl.full((), 0, tl.int64)
-    token = tl.full((), -1, tl.int32)
-    final = tl.full((), -1, tl.int32)
-    for start in range(0, V, BLOCK):
-        if token < 0:
-            w, equal = kept(x, start + lane, top, inverse, min_p, low, ties, passed, V)
-            running = before + tl.cumsum(w, 0)
-            token_here = tl.min(tl.where((running > goal) & (w > 0), start + lane, V))
-            token = tl.where(token_here < V, token_here, -1).to(tl.int32)
-            final = tl.maximum(final, tl.max(tl.where(w > 0, start + lane, -1))).to(tl.int32)
-            before += tl.sum(w)
-            passed += equal
-    return tl.where(token >= 0, token, final)
-
-
-@triton.jit
 def key_weight(key, top, inverse):
     """The weight of the number that a key stands for."""
     narrow = key.to(tl.int32)
@@ -227,82 +112,227 @@ def key_weight(key, top, inverse):
 
 
 @triton.jit
-def kept(x, v, top, inverse, min_p, low, ties, passed, V: tl.constexpr):
+def kept(x, i, n, top, inverse, min_p, low, ties, passed):
     """Weights (fp64) of a stretch's kept entries, and how many lie exactly at the threshold."""
-    value = tl.load(x + v, mask=v < V, other=float("-inf")).to(tl.float32)
-    key = ordered(value).to(tl.int64)
-    equal = ((key == low) & (v < V)).to(tl.int64)
+    value = tl.load(x + i, mask=i < n, other=float("-inf"))
+    key = ordered(value)
+    equal = ((key == low.to(tl.int32)) & (i < n)).to(tl.int32)
     rank = passed + tl.cumsum(equal, 0) - equal
     w = tl.exp((value - top) * inverse)
-    keep = ((key > low) | ((equal > 0) & (rank < ties))) & (w >= min_p) & (value > float("-inf"))
+    keep = ((key > low.to(tl.int32)) | ((equal > 0) & (rank < ties))) & (w >= min_p) & (value > float("-inf"))
     return tl.where(keep, w, 0.0).to(tl.float64), tl.sum(equal)
 
 
 @triton.jit
-def kept_weight(x, top, inverse, low, ties, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Weight of all kept entries before top-p, and that of one at the threshold."""
+def kept_weight(x, n, top, inverse, min_p, low, ties, BLOCK: tl.constexpr):
+    """Weight of all kept entries."""
     total = tl.full((), 0.0, tl.float64)
-    passed = tl.full((), 0, tl.int64)
-    for start in range(0, V, BLOCK):
-        w, equal = kept(x, start + tl.arange(0, BLOCK), top, inverse, 0.0, low, ties, passed, V)
+    passed = tl.full((), 0, tl.int32)
+    for start in range(0, n, BLOCK):
+        w, equal = kept(x, start + tl.arange(0, BLOCK), n, top, inverse, min_p, low, ties, passed)
         total += tl.sum(w)
         passed += equal
-    return total, key_weight(low, top, inverse)
+    return total
 
 
 @triton.jit
-def record_token(tokens, slots, history, M: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """history (S, V) gains two at each row's token: the penalties of the next step see it without the host."""
-    row = tl.arange(0, BLOCK)
+def narrow_down(x, n, top, inverse, low, total, top_k, top_p, V: tl.constexpr, BLOCK: tl.constexpr):
+    """What top-k and top-p keep of x (n,), whose keys are at least ``low``: keys above ``low``, and the first ``ties``
+    at it. ``total``: weight of the whole row, of which top-p is a share unless top-k is on."""
+    ties = tl.full((), V, tl.int64)
+    if (top_k > 0) & (top_k < V):
+        low, above = threshold(x, n, top, inverse, low, top_k.to(tl.float64), BLOCK, True)
+        ties = top_k.to(tl.int64) - above.to(tl.int64)
+        if top_p < 1:
+            total = kept_weight(x, n, top, inverse, 0.0, low, ties, BLOCK)
+    if top_p < 1:
+        wanted = top_p * total
+        more, above = threshold(x, n, top, inverse, low, wanted, BLOCK, False)
+        if more > low:
+            ties = tl.full((), V, tl.int64)
+        above = tl.minimum(above, wanted)
+        needed = tl.ceil((wanted - above) / tl.maximum(key_weight(more, top, inverse), 1e-300))
+        ties = tl.minimum(ties, tl.maximum(tl.minimum(needed, V), 1).to(tl.int64))
+        low = more
+    return low, ties
+
+
+@triton.jit
+def pick(x, n, top, inverse, min_p, low, ties, goal, BLOCK: tl.constexpr):
+    """The first kept entry of x (n,) up to which more than ``goal`` of weight lies, else the last kept one."""
+    before = tl.full((), 0.0, tl.float64)
+    passed = tl.full((), 0, tl.int32)
+    chosen = tl.full((), -1, tl.int32)
+    final = tl.full((), 0, tl.int32)
+    for start in range(0, n, BLOCK):
+        if chosen < 0:
+            i = start + tl.arange(0, BLOCK)
+            w, equal = kept(x, i, n, top, inverse, min_p, low, ties, passed)
+            first = tl.min(tl.where((before + tl.cumsum(w, 0) > goal) & (w > 0), i, 2147483647))
+            chosen = tl.where(first < 2147483647, first, -1)
+            final = tl.maximum(final, tl.max(tl.where(w > 0, i, -1)))
+            before += tl.sum(w)
+            passed += equal
+    return tl.where(chosen >= 0, chosen, final)
+
+
+@triton.jit
+def draw(
+    x, slots, records, positions, peaks, places, weights, raw_peaks, ids, found, history, last, out,
+    V: tl.constexpr, PITCH: tl.constexpr, LIST: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
+    STRETCH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out (M,) int32: a token for every row with a place, -1 where the logits are not finite, -2 where nothing is
+    allowed; last (S,) int32 and history (S, V) int16 take it for the next step. positions (M,) int32: of the token.
+    """
+    row = tl.program_id(0).to(tl.int64)
     pdl_release(PDL)
     pdl_wait(PDL)
-    slot = tl.load(slots + row, mask=row < M, other=-1)
-    token = tl.load(tokens + row, mask=row < M, other=-1)
-    ok = (slot >= 0) & (token >= 0)
-    at = history + tl.where(ok, slot.to(tl.int64) * V + token, 0)
-    tl.store(at, tl.load(at, mask=ok, other=0) + 2, mask=ok)
+    slot = tl.load(slots + row).to(tl.int64)
+    token = -1
+    if slot >= 0:
+        record = records + slot * RECORD
+        p = tl.arange(0, PP)
+        peak = tl.load(peaks + row * PARTS + p, mask=p < PARTS, other=float("-inf"))
+        raw = tl.max(tl.load(raw_peaks + row * PARTS + p, mask=p < PARTS, other=float("-inf")))
+        top = tl.max(peak)
+        if (raw < float("inf")) & (raw > float("-inf")):
+            if top == float("-inf"):
+                token = -2
+            else:
+                place = tl.load(places + row * PARTS + p, mask=p < PARTS, other=V)
+                token = tl.min(tl.where(peak == top, place, V))
+                if number(record + TEMPERATURE) > 0:
+                    shares = row_weight(peaks, weights, row, top, number(record + INVERSE), PARTS, PP)
+                    token = draw_row(x + row * PITCH, shares, top, record, tl.load(positions + row), ids + row * LIST,
+                                     found + row, V, PP, STRETCH, BLOCK)  # fmt: skip
+                tl.store(last + slot, token)
+                if counted(record):
+                    seen = tl.load(history + slot * V + token)
+                    tl.store(history + slot * V + token, tl.where(seen > MOST_COUNTED, seen, seen + 2))
+    tl.store(out + row, token)
+
+
+@triton.jit
+def draw_row(
+    x, shares, top, record, position, ids, found, V: tl.constexpr, PP: tl.constexpr, STRETCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token in proportion to its weight. A row that keeps everything looks into one stretch only."""
+    inverse, total = number(record + INVERSE), tl.sum(shares)
+    uniform = philox_uniform(tl.load(record + SEED), tl.load(record + SEED + 1), position)
+    low, ties = tl.full((), LEAST, tl.int64), tl.full((), V, tl.int64)
+    min_p, first, n = 0.0, 0, V
+    if filtered(record, V):
+        listed = tl.load(found)
+        min_p = number(record + MIN_P)
+        if listed >= 0:
+            first, n = V, listed
+        low, ties = narrow_down(
+            x + first, n, top, inverse, low, total, tl.load(record + TOP_K), wide(record + TOP_P), V, BLOCK
+        )
+        goal = uniform * kept_weight(x + first, n, top, inverse, min_p, low, ties, BLOCK)
+    else:
+        p = tl.arange(0, PP)
+        goal = uniform * total
+        part = tl.sum((tl.cumsum(shares, 0) <= goal).to(tl.int32))
+        part = tl.minimum(part, tl.max(tl.where(shares > 0, p, 0)))
+        goal -= tl.sum(tl.where(p < part, shares, 0.0))
+        first = part * STRETCH
+        n = tl.minimum(V - first, STRETCH)
+    token = first + pick(x + first, n, top, inverse, min_p, low, ties, goal, BLOCK)
+    if token >= V:
+        token = tl.load(ids + token - V)
+    return token
+
+
+@triton.jit
+def report(
+    logits, slots, records, raw_peaks, raw_places, raw_weights, tokens, reports,
+    V: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr, STRETCH: tl.constexpr, MOST: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """reports (M, 1 + 2·MOST) int32 of rows that ask: log-probability of the token, ids of the largest logits, best
+    first and lowest id among equals, then their log-probabilities (fp32 bits); all of the logits as they came."""
+    row = tl.program_id(0).to(tl.int64)
+    pdl_release(PDL)
+    pdl_wait(PDL)
+    slot = tl.load(slots + row).to(tl.int64)
+    token = tl.load(tokens + row)
+    count = tl.load(records + tl.maximum(slot, 0) * RECORD + LOGPROBS)
+    if (slot >= 0) & (token >= 0) & (count >= 0):
+        p, lane = tl.arange(0, PP), tl.arange(0, STRETCH)
+        peak = tl.load(raw_peaks + row * PARTS + p, mask=p < PARTS, other=float("-inf"))
+        place = tl.load(raw_places + row * PARTS + p, mask=p < PARTS, other=V)
+        top = tl.max(peak)
+        norm = tl.log(tl.sum(row_weight(raw_peaks, raw_weights, row, top, 1.0, PARTS, PP)).to(tl.float32))
+        to = reports + row * (1 + 2 * MOST)
+        chosen = tl.load(logits + row * V + token).to(tl.float32)
+        tl.store(to, (chosen - top - norm).to(tl.int32, bitcast=True))
+        for i in range(count):
+            best = tl.max(peak)
+            at = tl.min(tl.where(peak == best, place, V))
+            tl.store(to + 1 + i, at)
+            tl.store(to + 1 + MOST + i, (best - top - norm).to(tl.int32, bitcast=True))
+            v = at // STRETCH * STRETCH + lane
+            value = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
+            after = (value < best) | ((value == best) & (v > at))
+            value = tl.where(after, value, float("-inf"))
+            next_peak = tl.max(value)
+            here = p == at // STRETCH
+            place = tl.where(here, tl.min(tl.where(after & (value == next_peak), v, V)), place)
+            peak = tl.where(here, next_peak, peak)
+    return
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """``llmopt.edit_logits``, ``llmopt.sample`` and ``llmopt.record_token``."""
+    """``llmopt.sample``."""
 
     name: str = "sample"
-    ops: tuple[str, ...] = ("llmopt.edit_logits", "llmopt.sample", "llmopt.record_token")
+    ops: tuple[str, ...] = ("llmopt.sample",)
 
     def select(self, site: CallSite) -> Selection | str:
+        """Five launches over dense logits."""
         v: Any = site.values
-        if site.call.op == "llmopt.record_token":
-            rows = v["tokens"].shape[0]
-            constants = {"M": rows, "V": v["history"].shape[1], "BLOCK": triton.next_power_of_2(rows)}
-            return one(site, launch(site.arch, record_token, (1,), dict(v), constants, warps=1, moved=8 * rows))
         logits = v["logits"]
         if not logits.contiguous:
             return "the logits are strided"
         rows, vocabulary = logits.shape[-2:]
-        if site.call.op == "llmopt.sample":
-            constants = {"V": vocabulary, "BLOCK": min(8192, triton.next_power_of_2(vocabulary))}
-            tensors = {**v, "out": site.outputs[0]}
-            return one(site, launch(site.arch, sample, (rows,), tensors, constants, warps=16, moved=nbytes(logits)))
-        (out,) = site.outputs
-        names = ("logits", "slots", "history", "repetition", "presence", "frequency", "mask")
-        words = 0 if v["mask"] is None else v["mask"].shape[1]
-        made = [launch(
-            site.arch, edit_logits, (rows, cdiv(vocabulary, 1024)), {**{n: v[n] for n in names}, "out": out},
-            {"V": vocabulary, "WORDS": words, "BLOCK": 1024}, moved=nbytes(logits, out),
-        )]  # fmt: skip
-        if v["bias_ids"] is not None:
-            width = v["bias_ids"].shape[1]
-            tensors = {"ids": v["bias_ids"], "values": v["bias_values"], "slots": v["slots"], "out": out}
-            constants = {"V": vocabulary, "B": width, "BLOCK": triton.next_power_of_2(width)}
-            made.insert(1, launch(site.arch, add_bias, (rows,), tensors, constants, warps=1))
-        moved = sum(x.bytes for x in made)
-        return Selection(tuple(made), "one pass over the logits", modelled_us(moved, site.arch, len(made)))
+        parts = cdiv(vocabulary, STRETCH)
+        size, pitch, cell = min(STRETCH, pow2(vocabulary)), -(-(vocabulary + LIST) // 4) * 4, rows * parts
+        types = {
+            "x": ("*fp32", rows * pitch), "ids": ("*i32", rows * LIST), "found": ("*i32", rows),
+            "peaks": ("*fp32", cell), "places": ("*i32", cell), "weights": ("*fp64", cell),
+            "raw_peaks": ("*fp32", cell), "raw_places": ("*i32", cell), "raw_weights": ("*fp64", cell),
+            "levels": ("*fp32", rows * CUTS.value), "counts": ("*i32", cell * CUTS.value),
+            "masses": ("*fp64", cell * CUTS.value),
+        }  # fmt: skip
+        scratch = {n: Scratch(n, (8 if kind == "*fp64" else 4) * count) for n, (kind, count) in types.items()}
+        tensors = {**scratch, **v, "tokens": v["out"], "reports": site.outputs[0]}
+        constants = {
+            "V": vocabulary, "PITCH": pitch, "WORDS": v["masks"].shape[1], "WIDTH": v["bias_ids"].shape[1],
+            "PARTS": parts, "PP": pow2(parts), "STRETCH": size, "LIST": LIST, "BLOCK": min(LIST, pow2(pitch)),
+            "MOST": (site.outputs[0].shape[1] - 1) // 2,
+        }  # fmt: skip
 
+        def made(function: Any, per_row: int, warps: int, moved: int = 0) -> Any:
+            names = function.arg_names
+            mine = {name: tensors[name] for name in names if name in tensors}
+            own = {name: constants[name] for name in names if name in constants}
+            kinds = {name: kind for name, (kind, _) in types.items()}
+            grid = (rows, per_row) if per_row > 1 else (rows,)
+            return launch(site.arch, function, grid, mine, own, warps=warps, moved=moved, scratch=kinds)
 
-def one(site: CallSite, made: Any) -> Selection:
-    """The selection of one launch."""
-    return Selection((made,), "one program a row", modelled_us(made.bytes, site.arch))
+        launches = (
+            made(edit, parts, 4, nbytes(logits) + 4 * rows * vocabulary),
+            made(census, parts, 4),
+            made(sift, parts, 4),
+            made(draw, 1, 8),
+            made(report, 1, 4),
+        )
+        reason = "edited in one pass, drawn from what the filters can keep"
+        return Selection(launches, reason, modelled_us(launches[0].bytes, site.arch, len(launches)))
 
 
 KERNEL = Sampling()

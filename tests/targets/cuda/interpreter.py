@@ -13,6 +13,7 @@ import torch
 from llmopt.launch import Bucket, LaunchPlan, Pointer, Scalar, TensorMap, View
 from llmopt.lower.readers import Reader
 from llmopt.program import Program, StateGroup, dtype_bytes
+from llmopt.runtime.executors.cuda.backend import Result, Tail
 from llmopt.runtime.executors.cuda.layout import (
     Region,
     inputs_region,
@@ -23,15 +24,16 @@ from llmopt.runtime.executors.cuda.layout import (
     weights_region,
 )
 from llmopt.runtime.executors.cuda.steps import Arrays
-from llmopt.runtime.protocol import FloatArray, IntArray
+from llmopt.runtime.protocol import IntArray
 from targets.cuda.build import ArchPlan, kernel_names
 from targets.cuda.kernel import Specialization
 
 GUARD = 4096
 """Bytes of 0xFF (NaN in every float format) around each region: a stray read shows in the logits."""
 
-TYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32, "*i32": torch.int32,
-         "*i64": torch.int64, "*i8": torch.int8, "*u8": torch.uint8, "*i1": torch.bool}  # fmt: skip
+TYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32, "*fp64": torch.float64,
+         "*i64": torch.int64, "*i32": torch.int32, "*i16": torch.int16, "*i8": torch.int8, "*u8": torch.uint8,
+         "*i1": torch.bool}  # fmt: skip
 
 
 class Bytes:
@@ -84,9 +86,15 @@ class PlanInterpreter:
         for bucket in plan.buckets:
             for offset, size in bucket.zeroed:
                 self.arena.data[offset : offset + size] = 0
-        self.results: list[tuple[IntArray, FloatArray]] = []
+        self.flying: list[tuple[Bucket, Bytes]] = []
+        self.results: dict[int, Result] = {}
 
-    def run(self, bucket: int, inputs: Arrays, draw: bool, rows: int) -> int:
+    def keep(self, place: int, rows: Arrays) -> None:
+        for name, row in rows.items():
+            view = self.plan.persistent[name]
+            self.kept.put(self.kept_offsets.offsets[name] + place * view.strides[0] * dtype_bytes(view.dtype), row)
+
+    def forward(self, bucket: int, inputs: Arrays) -> int:
         chosen = self.plan.buckets[bucket]
         packed = inputs_region(chosen)
         region = Bytes(packed.size)
@@ -98,13 +106,23 @@ class PlanInterpreter:
                     self.tables.put(at + i * width * row.itemsize, row)
             else:
                 region.put(packed.offsets[name], value)
-        for launch in (*chosen.launches, *(chosen.sampling if draw else ())):
+        for launch in chosen.launches:
             self._launch(launch.kernel, launch.grid, launch.args, chosen, region, packed)
+        self.flying.append((chosen, region))
+        return len(self.flying) - 1
+
+    def finish(self, handle: int, tail: Tail) -> None:
+        assert handle == len(self.flying) - 1, "what follows a forward pass comes before the next one"
+        chosen, region = self.flying[handle]
+        self.kept.put(self.kept_offsets.offsets["masks"], tail.masks)
+        drawing = {"nothing": (), "greedy": chosen.greedy, "full": chosen.sampling}[tail.draw]
+        for launch in drawing:
+            self._launch(launch.kernel, launch.grid, launch.args, chosen, region, inputs_region(chosen))
         for offset, size in chosen.zeroed:
             assert not self.arena.data[offset : offset + size].any(), "a kernel left its counters dirty"
-        logits = self._read(chosen, chosen.logits)[:rows].float().numpy().copy()
-        self.results.append((self._read(chosen, chosen.sampled).numpy().astype(np.int64), logits))
-        return len(self.results) - 1
+        logits = self._read(chosen, chosen.logits)[tail.logits].float().numpy().copy()
+        tokens = self._read(chosen, chosen.sampled).numpy().astype(np.int64)
+        self.results[handle] = Result(tokens, self._read(chosen, chosen.reports).numpy().copy(), logits)
 
     def _read(self, bucket: Bucket, view: View) -> torch.Tensor:
         flat = self.arena.view(bucket.offsets[view.name] + view.offset, getattr(torch, view.dtype))
@@ -150,8 +168,8 @@ class PlanInterpreter:
             return self.tables, self.table_offsets.offsets[f"{bucket.function}/{name}"]
         return self.weights, self.where.offsets[name]
 
-    def result(self, handle: int) -> tuple[IntArray, FloatArray]:
-        return self.results[handle]
+    def result(self, handle: int) -> Result:
+        return self.results.pop(handle)
 
     def copy_blocks(self, group: StateGroup, source: IntArray, target: IntArray) -> None:
         self.write_blocks(group, target, self.read_blocks(group, source))

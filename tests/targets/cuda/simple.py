@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from targets.cuda.kernel import CallSite, KernelLaunch, Scratch, Selection, Specialization, Strided
-from targets.cuda.kernels import greedy
+from targets.cuda.kernels import greedy, sample
 
 
 @triton.jit
@@ -285,6 +285,7 @@ class Simple:
 
 KERNELS = (
     *greedy.KERNELS,
+    sample.KERNEL,
     Simple("embedding", ("aten.embedding.default",), serve_embedding),
     Simple("rotary_table", ("llmopt.rotary_table",), serve_rotary),
     Simple("norm", ("llmopt.rms_norm", "llmopt.add_rms_norm"), serve_norm),

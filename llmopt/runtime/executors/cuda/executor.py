@@ -1,83 +1,63 @@
-"""The cuda executor: steps through planned buckets on a device; greedy tokens are drawn there, others on the host."""
+"""The cuda executor: steps through planned buckets on a device, which draws the tokens and feeds them back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llmopt.errors import ExecutorError, RequestError
 from llmopt.launch import LaunchPlan
-from llmopt.program import Program, StateGroup
-from llmopt.runtime.executors.cuda.steps import Arrays, Buckets, Part, padded_inputs
+from llmopt.program import Program
+from llmopt.runtime.executors.cuda.backend import Backend, Draw, Result, Tail
+from llmopt.runtime.executors.cuda.drawing import is_greedy, place_rows, reported
+from llmopt.runtime.executors.cuda.steps import Buckets, Part, drawing_inputs, padded_inputs
 from llmopt.runtime.protocol import (
     Admission,
     ExecutorLimits,
     FloatArray,
     IntArray,
     Sampled,
+    SamplingParams,
     StateOp,
     StepBatch,
     StepOutput,
 )
-from llmopt.runtime.sampler import HostSampler
 
-PLACES = 3
-"""Places for last tokens a sequence: a step that admits as many as it releases, while the step before it, which did
-the same, is still on its way."""
+PLACES = 2
+"""Places a sequence: a step may admit as many sequences as it releases."""
+
+NOT_FINITE, NONE_ALLOWED = -1, -2
 
 
-class Backend(Protocol):
-    """What runs a bucket: the GPU, or in tests an interpreter. ``blocks``: blocks allocated by state group."""
+@dataclass
+class _Sequence:
+    """A sequence on the device: its place, its parameters, its last token while the host alone has it."""
 
-    blocks: Mapping[str, int]
-
-    def run(self, bucket: int, inputs: Arrays, draw: bool, rows: int) -> int:
-        """Enqueue a bucket with its inputs (block tables unpadded), drawing tokens if any row wants one, and the
-        download of what was drawn and of ``rows`` rows of logits. Returns a handle."""
-        ...
-
-    def result(self, handle: int) -> tuple[IntArray, FloatArray]:
-        """Wait for a run, once: its drawn tokens (M,), and its logits (rows, V) float32."""
-        ...
-
-    def copy_blocks(self, group: StateGroup, source: IntArray, target: IntArray) -> None:
-        """Copy blocks of every state of a group."""
-        ...
-
-    def read_blocks(self, group: StateGroup, blocks: IntArray) -> list[npt.NDArray[np.uint8]]:
-        """Blocks of every state of a group, on the host."""
-        ...
-
-    def write_blocks(self, group: StateGroup, blocks: IntArray, data: list[npt.NDArray[np.uint8]]) -> None:
-        """Inverse of read_blocks."""
-        ...
-
-    def close(self) -> None:
-        """Free the device's memory."""
-        ...
+    place: int
+    params: SamplingParams
+    last: int | None
 
 
 @dataclass
 class _Run:
-    """A part on its way: its handle, the logits rows of each of its rows, and the sequences drawn on the device."""
+    """A part on its way: its handle, the logits rows of each of its rows, and what each drawing row reports."""
 
     handle: int
     part: Part
     wanted: list[IntArray]
-    drawn: frozenset[int]
+    fetched: IntArray
+    reports: dict[int, int]
 
 
 @dataclass
 class _Step:
-    """A submitted step; ``output`` once it has been waited for."""
+    """A submitted step; ``output`` once it has been waited for, or the request that cannot go on."""
 
-    batch: StepBatch
     runs: list[_Run] = field(default_factory=list)
     output: StepOutput | None = None
+    refused: int | None = None
 
 
 class CudaExecutor:
@@ -87,7 +67,7 @@ class CudaExecutor:
         self.program, self.plan, self.backend = program, plan, backend
         self.state_plan = program.states
         self.buckets = Buckets(plan)
-        places = plan.persistent["last_tokens"].shape[0]
+        places, self.vocabulary = plan.persistent["history"].shape
         self.limits = ExecutorLimits(
             max_context=context,
             max_sequences=min(sequences, self.buckets.max_parts, places // PLACES),
@@ -97,47 +77,55 @@ class CudaExecutor:
             rope_switch=program.rope_switch,
             steps_in_flight=2,
         )
-        self.sampler = HostSampler(program.vocab_size)
-        self.free = list(range(places))[::-1]
-        self.slots: dict[int, int] = {}
-        self.on_device: set[int] = set()
+        self.free = list(range(PLACES * self.limits.max_sequences))[::-1]
+        self.sequences: dict[int, _Sequence] = {}
+        self.plain: set[int] = set()
         self.swapped: dict[tuple[str, int], list[npt.NDArray[np.uint8]]] = {}
         self.steps: dict[int, _Step] = {}
         self.dead: ExecutorError | None = None
         self.tickets = 0
 
     def submit(self, batch: StepBatch) -> int:
-        """Enqueue a step and return at once, unless it needs a token that the host is still to draw, or a sequence
-        comes back whose release is on its way."""
+        """Enqueue a step and return. Masks are read when the forward pass is on its way; only they are waited for."""
         self._alive()
-        step = _Step(batch)
+        step = _Step()
         try:
-            waits = any(row.tokens is None and row.seq_id not in self.on_device for row in batch.rows)
-            if waits or any(admission.seq_id in self.slots for admission in batch.admit):
-                self._catch_up()
             for admission in batch.admit:
                 self._admit(admission)
             for op in batch.ops:
                 self._state_op(op)
-            for part in self.buckets.parts(batch.rows) if batch.rows else ():
+            rows = batch.all_rows(self.state_plan)
+            for part in self.buckets.parts(rows) if rows else ():
                 step.runs.append(self._start(part, batch))
         except ExecutorError as error:
             self.dead = error
             raise
+        for seq_id in batch.release:
+            # The device works in order: who gets the place next writes to it after this step's rows.
+            self.free.append(self.sequences.pop(seq_id).place)
         self.tickets += 1
         self.steps[self.tickets] = step
         return self.tickets
 
     def collect(self, ticket: int) -> StepOutput:
-        """Wait for a step and the steps before it; raises ExecutorError when the device failed or the ticket is
-        unknown."""
+        """Wait for a step and the steps before it. Raises ExecutorError when the device failed or the ticket is
+        unknown, RequestError when a mask allows nothing."""
         self._alive()
         if ticket not in self.steps:
             raise ExecutorError(f"step {ticket} was never submitted or was already collected")
-        self._catch_up(ticket)
-        output = self.steps.pop(ticket).output
-        assert output is not None
-        return output
+        for number in sorted(self.steps):
+            if number <= ticket and self.steps[number].output is None:
+                try:
+                    self._finish(self.steps[number])
+                except ExecutorError as error:
+                    self.dead = error
+                    raise
+        step = self.steps.pop(ticket)
+        if step.refused is not None:
+            hint = "the grammar or the logit bias forbids all of them"
+            raise RequestError(f"no token is allowed in sequence {step.refused}", hint=hint)
+        assert step.output is not None
+        return step.output
 
     def close(self) -> None:
         """Free the device's memory; idempotent."""
@@ -149,73 +137,73 @@ class CudaExecutor:
             raise ExecutorError(f"the engine is dead: {self.dead}")
 
     def _admit(self, admission: Admission) -> None:
-        self.sampler.admit(admission)
-        self.on_device.discard(admission.seq_id)
-        if admission.seq_id not in self.slots:
-            if not self.free:
-                raise RequestError(f"more than {len(self.slots)} sequences at once")
-            self.slots[admission.seq_id] = self.free.pop()
-
-    def _release(self, seq_id: int) -> None:
-        self.sampler.release(seq_id)
-        self.on_device.discard(seq_id)
-        self.free.append(self.slots.pop(seq_id))
+        """Give a sequence a place, and the device what it needs to draw: parameters, counts of tokens so far."""
+        rows = place_rows(admission, self.vocabulary)
+        known = self.sequences.get(admission.seq_id)
+        if known is None and not self.free:
+            raise RequestError(f"more than {len(self.sequences)} sequences at once")
+        place = known.place if known else self.free.pop()
+        last = admission.output if len(admission.output) else admission.prompt
+        self.sequences[admission.seq_id] = _Sequence(place, admission.sampling, int(last[-1]))
+        plain = is_greedy(admission.sampling)
+        if not (plain and place in self.plain):
+            self.backend.keep(place, rows)
+        (self.plain.add if plain else self.plain.discard)(place)
 
     def _start(self, part: Part, batch: StepBatch) -> _Run:
+        """Enqueue a part's forward pass, then, with its masks, what follows."""
         bucket = self.plan.buckets[part.bucket]
-        drawing = [r.seq_id for r in part.rows if r.sample]
-        ours = frozenset(i for i in drawing if self.sampler.greedy(i) and i not in batch.masks)
-        slots = {i: self.slots[i] for i in ours}
-        inputs, wanted = padded_inputs(part, bucket, self.state_plan, self._last, slots)
-        asked = [i for r, i in zip(part.rows, wanted) if r.logits != "none" or (r.sample and r.seq_id not in ours)]
-        rows = 1 + max((int(index.max()) for index in asked if len(index)), default=-1)
-        handle = self.backend.run(part.bucket, inputs, bool(ours), rows)
-        self.on_device.difference_update(drawing)
-        self.on_device.update(ours)
-        return _Run(handle, part, wanted, ours)
+        inputs, wanted = padded_inputs(part, bucket, self.state_plan, self._last)
+        drawing = [(row, index[-1]) for row, index in zip(part.rows, wanted) if row.sample]
+        masked = [row.seq_id for row, _ in drawing if row.seq_id in batch.masks]
+        places = {row.seq_id: self.sequences[row.seq_id].place for row, _ in drawing}
+        inputs |= drawing_inputs(drawing, places, masked, bucket.dims["M"])
+        handle = self.backend.forward(part.bucket, inputs)
+        params = {row.seq_id: self.sequences[row.seq_id].params for row, _ in drawing}
+        reports = {seq_id: p.logprobs for seq_id, p in params.items() if p.logprobs is not None}
+        asked = [index for row, index in zip(part.rows, wanted) if row.logits != "none"]
+        fetched = np.concatenate([np.zeros(0, np.int64), *asked])
+        words = -(-self.vocabulary // 32)
+        masks = np.zeros((len(masked), words), np.uint32)
+        for target, seq_id in zip(masks, masked):
+            mask = batch.masks[seq_id]
+            target[: len(mask)] = mask
+        draw: Draw = "full"
+        if not masked and all(is_greedy(p) for p in params.values()):
+            draw = "greedy" if drawing else "nothing"
+        self.backend.finish(handle, Tail(draw, masks, bool(reports), fetched))
+        for row, _ in drawing:
+            self.sequences[row.seq_id].last = None
+        return _Run(handle, part, wanted, fetched, reports)
 
     def _last(self, seq_id: int) -> int:
         """A sequence's last token; below zero the place where the device keeps it."""
-        return -1 - self.slots[seq_id] if seq_id in self.on_device else self.sampler.last(seq_id)
+        sequence = self.sequences[seq_id]
+        return -1 - sequence.place if sequence.last is None else sequence.last
 
-    def _catch_up(self, ticket: int | None = None) -> None:
-        """Wait for every step, or for those up to a ticket."""
-        for number in sorted(self.steps):
-            if ticket is not None and number > ticket:
-                return
-            step = self.steps[number]
-            if step.output is None:
-                try:
-                    step.output = self._finish(step)
-                except ExecutorError as error:
-                    self.dead = error
-                    raise
-
-    def _finish(self, step: _Step) -> StepOutput:
+    def _finish(self, step: _Step) -> None:
         sampled: dict[int, Sampled] = {}
         asked: dict[int, list[FloatArray]] = {}
-        ends: dict[int, FloatArray] = {}
         for run in step.runs:
-            tokens, logits = self.backend.result(run.handle)
+            result = self.backend.result(run.handle)
+            at = 0
             for row, index in zip(run.part.rows, run.wanted):
                 if row.logits != "none":
-                    asked.setdefault(row.seq_id, []).append(logits[index])
-                if row.sample and row.seq_id in run.drawn:
-                    sampled[row.seq_id] = self._accept(row.seq_id, int(tokens[index[-1]]))
-                elif row.sample:
-                    ends[row.seq_id] = logits[index[-1]]
-        if ends:
-            found = self.sampler.sample_rows(list(ends), np.stack(list(ends.values())), step.batch.masks)
-            sampled |= dict(zip(ends, found))
-        for seq_id in step.batch.release:
-            self._release(seq_id)
-        return StepOutput(sampled, {seq_id: np.concatenate(parts) for seq_id, parts in asked.items()})
+                    asked.setdefault(row.seq_id, []).append(result.logits[at : at + len(index)])
+                    at += len(index)
+                if row.sample:
+                    sampled[row.seq_id] = self._drawn(run, result, row.seq_id, int(index[-1]))
+        refused = [seq_id for seq_id, found in sampled.items() if found.token == NONE_ALLOWED]
+        step.refused = refused[0] if refused else None
+        step.output = StepOutput(sampled, {seq_id: np.concatenate(parts) for seq_id, parts in asked.items()})
 
-    def _accept(self, seq_id: int, token: int) -> Sampled:
-        if token < 0:
+    def _drawn(self, run: _Run, result: Result, seq_id: int, index: int) -> Sampled:
+        token = int(result.tokens[index])
+        if token == NOT_FINITE:
             raise ExecutorError("the model produced logits that are not finite")
-        self.sampler.accept(seq_id, token)
-        return Sampled(token)
+        if token < 0 or seq_id not in run.reports:
+            return Sampled(token)
+        return reported(token, result.reports[index], run.reports[seq_id], self.vocabulary)
 
     def _state_op(self, op: StateOp) -> None:
         group = next((g for g in self.state_plan.groups if g.name == op.group), None)
@@ -228,5 +216,7 @@ class CudaExecutor:
                 self.swapped[op.group, op.key] = self.backend.read_blocks(group, op.source)
             case "swap_in":
                 self.backend.write_blocks(group, op.target, self.swapped.pop((op.group, op.key)))
+            case "swap_drop":
+                self.swapped.pop((op.group, op.key), None)
             case "truncate":
                 pass  # positions past the new length are masked by seq_lens and overwritten by the next rows

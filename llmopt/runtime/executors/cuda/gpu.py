@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from llmopt.errors import ExecutorError
 from llmopt.launch import Bucket, LaunchPlan
 from llmopt.program import Program, StateGroup, dtype_bytes
+from llmopt.runtime.executors.cuda.backend import Result, Tail
 from llmopt.runtime.executors.cuda.driver import Device, call
 from llmopt.runtime.executors.cuda.launches import BoundLaunches, Kernels
 from llmopt.runtime.executors.cuda.layout import (
@@ -25,7 +27,7 @@ from llmopt.runtime.executors.cuda.layout import (
 )
 from llmopt.runtime.executors.cuda.staging import Flight
 from llmopt.runtime.executors.cuda.steps import Arrays
-from llmopt.runtime.protocol import FloatArray, IntArray
+from llmopt.runtime.protocol import IntArray
 
 log = logging.getLogger("llmopt.cuda")
 
@@ -63,17 +65,22 @@ def layout(plan: LaunchPlan, weights: Region) -> Layout:
 
 @dataclass
 class Bound:
-    """A bucket at its addresses: the forward launches, and those that draw tokens; ``runs`` so far."""
+    """A bucket at its addresses: the forward launches, and the two sets that draw tokens; ``runs`` so far."""
 
     bucket: Bucket
     forward: BoundLaunches
+    greedy: BoundLaunches
     sampling: BoundLaunches
     runs: int = 0
 
+    def parts(self) -> tuple[BoundLaunches, ...]:
+        """What becomes a graph each."""
+        return self.forward, self.greedy, self.sampling
+
     def capture(self) -> None:
-        """One graph for each of the two."""
-        self.forward.capture()
-        self.sampling.capture()
+        """One graph for each part."""
+        for part in self.parts():
+            part.capture()
 
 
 class GpuBackend:
@@ -103,7 +110,8 @@ class GpuBackend:
         self.kernels = Kernels(plan.kernels, read)
         self.bound: dict[int, Bound] = {}
         self.idle: list[Flight] = []
-        self.flying: dict[int, Flight] = {}
+        self.flying: dict[int, tuple[int, Flight]] = {}
+        self.kept: list[tuple[int, npt.NDArray[Any]]] = []
         self.runs = 0
 
     def _allocate(self, size: int, clear: bool = False) -> int:
@@ -127,11 +135,9 @@ class GpuBackend:
             def address(name: str) -> int:
                 return self._address(index, name)
 
-            self.bound[index] = Bound(
-                bucket,
-                BoundLaunches(bucket.launches, self.kernels, address, self.stream),
-                BoundLaunches(bucket.sampling, self.kernels, address, self.stream),
-            )
+            parts = (bucket.launches, bucket.greedy, bucket.sampling)
+            forward, greedy, sampling = (BoundLaunches(x, self.kernels, address, self.stream) for x in parts)
+            self.bound[index] = Bound(bucket, forward, greedy, sampling)
         return self.bound[index]
 
     def _address(self, index: int, name: str) -> int:
@@ -149,10 +155,19 @@ class GpuBackend:
             return self.tables + self.where.tables.offsets[f"{bucket.function}/{name}"]
         return self.weights + self.where.weights.offsets[name]
 
-    def run(self, bucket: int, inputs: Arrays, draw: bool, rows: int) -> int:
-        """Stage and send the inputs, run the bucket, send back what it drew and the first ``rows`` rows of logits."""
+    def keep(self, place: int, rows: Arrays) -> None:
+        """Note rows of persistent buffers; they go up with the next forward pass."""
+        for name, row in rows.items():
+            view = self.plan.persistent[name]
+            at = self.where.persistent.offsets[name] + place * view.strides[0] * dtype_bytes(view.dtype)
+            self.kept.append((self.persistent + at, row))
+
+    def forward(self, bucket: int, inputs: Arrays) -> int:
+        """Stage and send the inputs, run the bucket."""
         bound = self.bind(bucket)
         flight = self.idle.pop() if self.idle else Flight(self.where.packed_bytes, self.where.tables.size)
+        flight.send_rows(self.kept, self.stream)
+        self.kept = []
         flight.send(self.where.inputs[bucket], self.inputs, inputs, self.stream)
         for name, value in inputs.items():
             if is_table(name):
@@ -162,22 +177,26 @@ class GpuBackend:
         if bound.runs == CAPTURE_AT and bound.forward.graph is None:
             bound.capture()
         bound.forward.run()
-        if draw:
-            bound.sampling.run()
-        sampled, logits = bound.bucket.sampled, bound.bucket.logits
-        flight.receive(
-            (sampled, self._address(bucket, sampled.name) + sampled.offset),
-            (logits, self._address(bucket, logits.name) + logits.offset),
-            rows,
-            self.stream,
-        )
         self.runs += 1
-        self.flying[self.runs] = flight
+        self.flying[self.runs] = (bucket, flight)
         return self.runs
 
-    def result(self, handle: int) -> tuple[IntArray, FloatArray]:
-        """Wait for a run, once: drawn tokens and logits. Raises ExecutorError when the device failed."""
-        flight = self.flying.pop(handle)
+    def finish(self, handle: int, tail: Tail) -> None:
+        """Send the masks, draw, and send back what is wanted."""
+        index, flight = self.flying[handle]
+        bound = self.bound[index]
+        flight.send_masks(tail.masks, self._address(index, "masks"), self.stream)
+        if tail.draw == "greedy":
+            bound.greedy.run()
+        elif tail.draw == "full":
+            bound.sampling.run()
+        views = {"tokens": bound.bucket.sampled, "reports": bound.bucket.reports, "logits": bound.bucket.logits}
+        places = {name: (view, self._address(index, view.name) + view.offset) for name, view in views.items()}
+        flight.receive(places, tail, self.stream)
+
+    def result(self, handle: int) -> Result:
+        """Wait for a run, once. Raises ExecutorError when the device failed."""
+        _, flight = self.flying.pop(handle)
         found = flight.take()
         self.idle.append(flight)
         return found
@@ -222,10 +241,10 @@ class GpuBackend:
             log.info("the device cannot be cleaned up: %s", error)
             return
         for bound in self.bound.values():
-            bound.forward.close()
-            bound.sampling.close()
+            for part in bound.parts():
+                part.close()
         self.kernels.close()
-        for flight in (*self.idle, *self.flying.values()):
+        for flight in (*self.idle, *(flight for _, flight in self.flying.values())):
             flight.close()
         for address in memory:
             call("cuMemFree", address)

@@ -1,7 +1,8 @@
-"""Pinned staging of steps on their way: inputs going up, tokens and logits coming down."""
+"""Pinned staging of steps on their way: inputs and masks going up, tokens, reports and logits coming down."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,20 @@ from cuda.bindings import driver as cu  # type: ignore[import-untyped]
 from llmopt.artifact.dtypes import numpy_dtype
 from llmopt.launch import View
 from llmopt.program import dtype_bytes
+from llmopt.runtime.executors.cuda.backend import Result, Tail
 from llmopt.runtime.executors.cuda.driver import call
 from llmopt.runtime.executors.cuda.lanes import Pinned
 from llmopt.runtime.executors.cuda.layout import Region
 from llmopt.runtime.executors.cuda.steps import Arrays
-from llmopt.runtime.protocol import FloatArray, IntArray
+from llmopt.runtime.protocol import IntArray
 
 
 class Flight:
-    """One run's buffers; free again once its result has been taken. Logits buffers grow as they are asked for."""
+    """One run's buffers; free again once its result has been taken. All but inputs and tables grow as needed."""
 
     def __init__(self, inputs: int, tables: int) -> None:
         self.inputs, self.tables = Pinned(max(inputs, 1)), Pinned(max(tables, 1))
-        self.tokens, self.logits = Pinned(4096), Pinned(4096)
+        self.buffers = {name: Pinned(4096) for name in ("rows", "masks", "tokens", "reports", "logits")}
         self.event = call("cuEventCreate", cu.CUevent_flags.CU_EVENT_DISABLE_TIMING)
         self.results: list[npt.NDArray[Any]] = []
 
@@ -47,34 +49,61 @@ class Flight:
         copy.Height = table.shape[0]
         call("cuMemcpy2DAsync", copy, stream)
 
-    def receive(self, tokens: tuple[View, int], logits: tuple[View, int], rows: int, stream: Any) -> None:
-        """Copy drawn tokens and ``rows`` rows of logits back (views with their addresses); mark the run's end."""
+    def send_rows(self, rows: Sequence[tuple[int, npt.NDArray[Any]]], stream: Any) -> None:
+        """Copy arrays to addresses on the device."""
+        buffer = self._room("rows", sum(row.nbytes for _, row in rows))
+        at = 0
+        for target, row in rows:
+            buffer.array[at : at + row.nbytes] = np.ascontiguousarray(row).view(np.uint8)
+            call("cuMemcpyHtoDAsync", target, buffer.address + at, row.nbytes, stream)
+            at += row.nbytes
+
+    def send_masks(self, masks: npt.NDArray[np.uint32], target: int, stream: Any) -> None:
+        """Copy masks (n, words) to the device."""
+        if masks.nbytes:
+            buffer = self._room("masks", masks.nbytes)
+            buffer.array[: masks.nbytes] = masks.reshape(-1).view(np.uint8)
+            call("cuMemcpyHtoDAsync", target, buffer.address, masks.nbytes, stream)
+
+    def receive(self, views: Mapping[str, tuple[View, int]], tail: Tail, stream: Any) -> None:
+        """Copy back what a tail asks for of ``tokens``, ``reports`` and ``logits`` (views with their addresses); mark
+        the run's end."""
         self.results.clear()  # views of the buffers, which may be replaced now
-        self.results.append(self._fetch("tokens", *tokens, tokens[0].shape[0], stream))
-        self.results.append(self._fetch("logits", *logits, rows, stream))
+        drawn = np.arange(views["tokens"][0].shape[0] if tail.draw != "nothing" else 0)
+        rows = {"tokens": drawn, "reports": drawn if tail.reports else drawn[:0], "logits": tail.logits}
+        for name, (view, address) in views.items():
+            self.results.append(self._fetch(name, view, address, rows[name], stream))
         call("cuEventRecord", self.event, stream)
 
-    def _fetch(self, name: str, view: View, address: int, rows: int, stream: Any) -> npt.NDArray[Any]:
-        pitch, size = view.strides[0], rows * view.strides[0] * dtype_bytes(view.dtype)
-        buffer: Pinned = getattr(self, name)
-        if len(buffer.array) < size:
-            buffer.close()
-            buffer = Pinned(size)
-            setattr(self, name, buffer)
-        if size:
-            call("cuMemcpyDtoHAsync", buffer.address, address, size, stream)
-        found = buffer.array[:size].view(numpy_dtype(view.dtype)).reshape(rows, pitch)
+    def _fetch(self, name: str, view: View, address: int, rows: IntArray, stream: Any) -> npt.NDArray[Any]:
+        """Copy rows of a view, neighbours together, packed."""
+        pitch = view.strides[0]
+        size = pitch * dtype_bytes(view.dtype)
+        buffer = self._room(name, len(rows) * size)
+        at = 0
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
+            source = address + int(run[0]) * size
+            call("cuMemcpyDtoHAsync", buffer.address + at, source, len(run) * size, stream)
+            at += len(run) * size
+        found = buffer.array[:at].view(numpy_dtype(view.dtype)).reshape(len(rows), pitch)
         return found[:, : view.shape[1]] if len(view.shape) > 1 else found[:, 0]
 
-    def take(self) -> tuple[IntArray, FloatArray]:
-        """Wait, then the tokens and the logits, as copies."""
+    def _room(self, name: str, size: int) -> Pinned:
+        """A buffer of at least ``size`` bytes."""
+        if len(self.buffers[name].array) < size:
+            self.buffers[name].close()
+            self.buffers[name] = Pinned(size)
+        return self.buffers[name]
+
+    def take(self) -> Result:
+        """Wait, then what came back, as copies."""
         call("cuEventSynchronize", self.event)
-        tokens, logits = self.results
-        return tokens.astype(np.int64), logits.astype(np.float32)
+        tokens, reports, logits = self.results
+        return Result(tokens.astype(np.int64), reports.copy(), logits.astype(np.float32))
 
     def close(self) -> None:
         """Free the buffers."""
         self.results.clear()
         call("cuEventDestroy", self.event)
-        for buffer in (self.inputs, self.tables, self.tokens, self.logits):
+        for buffer in (self.inputs, self.tables, *self.buffers.values()):
             buffer.close()

@@ -99,27 +99,38 @@ def logits_of(row: SeqStep) -> int:
     return row.query_len if row.logits == "all" else int(row.sample or row.logits == "last")
 
 
+def drawing_inputs(
+    drawing: Sequence[tuple[SeqStep, int]], places: Mapping[int, int], masked: Sequence[int], rows: int
+) -> Arrays:
+    """What says which of ``rows`` rows of logits draw: ``drawing`` has sequences and their row of logits, ``masked``
+    the sequences with a mask, in the order of the masks."""
+    slots, positions, mask_rows = (np.full(rows, fill, np.int32) for fill in (-1, 0, -1))
+    numbers = {seq_id: i for i, seq_id in enumerate(masked)}
+    for row, index in drawing:
+        slots[index] = places[row.seq_id]
+        positions[index] = row.start + row.query_len
+        mask_rows[index] = numbers.get(row.seq_id, -1)
+    return {"sample_slots": slots, "sample_positions": positions, "mask_rows": mask_rows}
+
+
 def padded_inputs(
-    part: Part, bucket: Bucket, plan: StatePlan, last_token: Callable[[int], int], slots: Mapping[int, int]
+    part: Part, bucket: Bucket, plan: StatePlan, last_token: Callable[[int], int]
 ) -> tuple[Arrays, list[IntArray]]:
-    """The part's inputs at the bucket's extents, and the logits rows of each of its rows.
+    """The part's inputs at the bucket's extents, ``drawing_inputs`` apart, and the logits rows of each of its rows.
 
     Rows past the real ones have slot -1 (not written); sequences past them have no rows and length 0. In a decode
     bucket every row gives logits, row i sequence i's. ``last_token``: id of a row's last token, or below zero where
-    the device has it. ``slots``: sequences whose token the device draws, with their place.
+    the device has it.
     """
     arrays, wanted = ragged_inputs(StepBatch(part.rows), plan, last_token)
     dims = bucket.dims
     if bucket.function == "decode":
         arrays["logit_rows"] = np.arange(dims["M"], dtype=np.int64)
         wanted = [np.array([i]) for i in range(len(part.rows))]
-    drawing = np.full(dims["M"], -1, np.int32)
-    for row, index in zip(part.rows, wanted):
-        if row.sample and row.seq_id in slots:
-            drawing[index[-1]] = slots[row.seq_id]
-    arrays["sample_slots"] = drawing
     found: Arrays = {}
     for name, view in bucket.inputs.items():
+        if name not in arrays:
+            continue
         value = arrays[name]
         if name.startswith("block_table_"):
             found[name] = value

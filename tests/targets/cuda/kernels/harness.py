@@ -17,7 +17,8 @@ from targets.cuda.kernel import CallSite, Kernel, KernelLaunch, Scratch, Selecti
 GUARD = 512
 """Elements of NaN (or of the least integer) before and after every tensor, where the kernel must not look."""
 
-TYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32, "*i32": torch.int32}
+TYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32, "*fp64": torch.float64,
+         "*i32": torch.int32}  # fmt: skip
 
 
 @dataclass

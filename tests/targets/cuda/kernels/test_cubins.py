@@ -83,16 +83,11 @@ X = bf16("x", 1, 3, 256)
 NORM = {"x": X, "residual": bf16("r", 1, 3, 256), "weight": bf16("w", 256), "eps": 1e-5}
 LAYER = {"input": X, "normalized_shape": (256,), "weight": bf16("w", 256), "bias": bf16("b", 256), "eps": 1e-5}
 DRAW = {
-    "logits": dense("g", "float32", 4, 128256), "slots": dense("s", "int32", 4),
-    "temperature": dense("t", "float32", 4), "top_k": dense("k", "int32", 4), "top_p": dense("p", "float64", 4),
-    "min_p": dense("m", "float32", 4), "seeds": dense("e", "int32", 4, 2), "positions": dense("n", "int64", 4),
-    "last": dense("l", "int32", 8),
-}  # fmt: skip
-EDIT = {
-    "logits": bf16("g", 4, 128256), "slots": dense("s", "int32", 4), "history": dense("h", "int32", 8, 128256),
-    **{name: dense(name, "float32", 4) for name in ("repetition", "presence", "frequency")},
-    "mask": dense("m", "int32", 4, 4008), "bias_ids": dense("b", "int32", 4, 300),
-    "bias_values": dense("v", "float32", 4, 300),
+    "logits": bf16("g", 1, 4, 128256), "slots": dense("s", "int32", 4), "last": dense("l", "int32", 8),
+    "records": dense("r", "int32", 8, 16), "history": dense("h", "int16", 8, 128256),
+    "bias_ids": dense("b", "int32", 8, 1024), "bias_values": dense("v", "float32", 8, 1024),
+    "masks": dense("m", "int32", 8, 4008), "positions": dense("n", "int32", 4), "mask_rows": dense("w", "int32", 4),
+    "out": dense("o", "int32", 4),
 }  # fmt: skip
 CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemv.KERNEL, linear(1, 512, 1024)),
@@ -118,8 +113,7 @@ CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (routing.KERNELS[0], ("aten.softmax.int", {"self": X, "dim": -1}, (dense("o", "float32", 1, 3, 256),), "decode")),
     (routing.KERNELS[1], ("aten.topk.default", {"self": X, "k": 8, "dim": -1, "largest": True},
                           (bf16("o", 1, 3, 8), dense("i", "int64", 1, 3, 8)), "decode")),
-    (sample.KERNEL, ("llmopt.sample", DRAW, (dense("o", "int32", 4),), "decode")),
-    (sample.KERNEL, ("llmopt.edit_logits", EDIT, (dense("o", "float32", 4, 128256),), "decode")),
+    (sample.KERNEL, ("llmopt.sample", DRAW, (dense("reports", "int32", 4, 41),), "decode")),
     (moe.KERNEL, experts(1)),
     (moe.KERNEL, experts(512)),
 ]  # fmt: skip

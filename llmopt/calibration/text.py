@@ -1,0 +1,82 @@
+"""Token windows for calibration and for the proof, from a text or JSONL file, by seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from llmopt.errors import RequestError
+
+PIECE = 4000
+"""Characters drawn at a time: about two windows of 512 tokens of English."""
+
+HELD_OUT = 8
+"""One window in so many is kept for the proof."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids: ``calibration`` (n, length), and ``held_out`` (m, length + 1), which no pass ever sees.
+
+    A held-out window is fed its first ``length`` ids and scored on its last.
+    """
+
+    calibration: Tensor
+    held_out: Tensor
+
+
+def split(ids: Tensor) -> Windows:
+    """Windows of rows (n, length + 1): every HELD_OUT-th is held out, at least one."""
+    held = torch.arange(len(ids)) % HELD_OUT == min(HELD_OUT, len(ids)) - 1
+    return Windows(ids[~held, :-1].contiguous(), ids[held].contiguous())
+
+
+def read_windows(path: Path, tokenizer: Tokenizer, tokens: int, length: int, seed: int = 0) -> Windows:
+    """About ``tokens`` calibration tokens in windows of ``length``, and an eighth as many held out.
+
+    The text is cut into pieces of PIECE characters, drawn in an order that ``seed`` fixes until there are enough
+    tokens. Raises RequestError for a file that cannot be read, or a text that is too short.
+    """
+    text = read_text(path)
+    count = max(1, round(tokens / length))
+    count += -(-count // (HELD_OUT - 1))
+    starts = list(range(0, len(text), PIECE))
+    random.Random(seed).shuffle(starts)
+    ids: list[int] = []
+    for start in starts:
+        ids += tokenizer.encode(text[start : start + PIECE], add_special_tokens=False).ids
+        if len(ids) >= count * (length + 1):
+            return split(torch.tensor(ids[: count * (length + 1)]).reshape(count, length + 1))
+    what = f"the text has {len(ids)} tokens, calibration and its held-out part need {count * (length + 1)}"
+    raise RequestError(what, where=str(path), hint="give more text, or lower --calibration-tokens")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text, or the ``text`` of each line of a .jsonl file. Raises RequestError naming the byte or line."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"not UTF-8 at byte {error.start}", where=str(path)) from error
+    except OSError as error:
+        raise RequestError(f"cannot read the text: {error.strerror}", where=str(path)) from error
+    if path.suffix != ".jsonl":
+        return content
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            what = 'a line is a JSON object with a "text"'
+            raise RequestError(what, where=f"{path}, line {number}") from error
+        if not isinstance(found, str):
+            raise RequestError('"text" is not a string', where=f"{path}, line {number}")
+        texts.append(found)
+    return "\n\n".join(texts)

@@ -1,0 +1,114 @@
+"""What a quantizing build lost, measured on held-out windows: run by the IR's reference semantics, weight by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from llmopt.ir.feed import limit_chunk, run_sequence
+from llmopt.ir.module import Module
+from llmopt.ir.rewrite import arguments
+from llmopt.ir.sites import LINEAR_Q, restored
+from llmopt.report.accuracy import kl_divergence
+from llmopt.report.evaluate import Scores, summarize
+
+Progress = Callable[[str, int, int], None]
+
+
+def prove(baseline: Module, built: Module, held_out: Tensor, progress: Progress) -> dict[str, Any]:
+    """Scores of ``built`` beside ``baseline`` on windows (m, length + 1), and each quantized linear's output error."""
+    scores, errors = Scores(), OutputErrors(built)
+    for index, window in enumerate(held_out):
+        ids = window.numpy()
+        errors.reset()
+        found = logits(built, window[:-1], errors.observe)
+        scores.add(ids, [(found.numpy(), logits(baseline, window[:-1]).numpy())])
+        progress("proof", index + 1, len(held_out))
+    result = summarize(scores)
+    return result | {"window": held_out.shape[1] - 1, "layers": errors.layers()}
+
+
+def sensitivity(built: Module, held_out: Tensor, progress: Progress) -> dict[str, float]:
+    """Mean KL, by the name of a quantized weight, of a model in which that weight alone is quantized.
+
+    The others, and the reference it is compared with, are as the quantizer found them. One run of the model a weight
+    and window.
+    """
+    names = list(dict.fromkeys(name for name, _ in quantized_linears(built)))
+    exact = [logits(restored(built, keep=()), window[:-1]).numpy() for window in held_out]
+    found = {}
+    for index, name in enumerate(names):
+        alone = restored(built, keep=(name,))
+        rows = [kl_divergence(e, logits(alone, window[:-1]).numpy()) for e, window in zip(exact, held_out)]
+        found[name] = float(np.concatenate(rows).mean())
+        progress("sensitivity", index + 1, len(names))
+    return found
+
+
+def logits(module: Module, tokens: Tensor, observe: Callable[[fx.Node, Any], None] | None = None) -> Tensor:
+    """fp32 logits (T, V) of one sequence by the function that runs prefill."""
+    name = "step" if "step" in module.functions else "extend"
+    chunk = limit_chunk(module, len(tokens))
+    chunks = [min(chunk, len(tokens) - start) for start in range(0, len(tokens), chunk)]
+    return run_sequence(module, name, tokens.tolist(), chunks, observe).float()
+
+
+def quantized_linears(module: Module) -> Iterable[tuple[str, fx.Node]]:
+    """Weight name and call of every quantized linear whose original weight is known, in program order."""
+    function = module.functions["step" if "step" in module.functions else "extend"]
+    for node in function.graph.find_nodes(op="call_function", target=LINEAR_Q):
+        name = str(arguments(node)[1].target).removesuffix(".codes")
+        if name in module.originals:
+            yield name, node
+
+
+class OutputErrors:
+    """Squared output error of quantized linears, relative to the output of the weights they were made of."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.names = {node: name for name, node in quantized_linears(module)}
+        self.wanted = {arguments(node)[0] for node in self.names}
+        self.inputs: dict[fx.Node, Tensor] = {}
+        self.sums = {name: [0.0, 0.0] for name in self.names.values()}
+
+    def reset(self) -> None:
+        """Before each window."""
+        self.inputs.clear()
+
+    @torch.no_grad()
+    def observe(self, node: fx.Node, value: Any) -> None:
+        """Sees every value of a run."""
+        if node in self.wanted:
+            self.inputs[node] = value
+        if (name := self.names.get(node)) is None:
+            return
+        bias = arguments(node)[4]
+        exact = F.linear(self.inputs[arguments(node)[0]], self.module.originals[name].tensor())
+        made = value if bias is None else value - self.module.weights[str(bias.target)].tensor()
+        self.sums[name][0] += float((made - exact).double().pow(2).sum())
+        self.sums[name][1] += float(exact.double().pow(2).sum())
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Name and relative squared output error of each weight, in program order."""
+        return [{"name": name, "output_error": a / b if b else 0.0} for name, (a, b) in self.sums.items()]
+
+
+def key_figures(result: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest keeps: the figures without positions, tokens and layers."""
+    base = {k: v for k, v in result["baseline"].items() if k not in ("positions", "worst")}
+    return {k: v for k, v in result.items() if k not in ("baseline", "layers")} | {"baseline": base}
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to six significant digits: what a machine's order of summation does not change."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
