@@ -14,7 +14,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-gpu bench docs clean
+.PHONY: help demo check test test-gpu bench soak docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ bench: $(STAMP) ## Measure the embedded model in every CPU recipe and append the
 	  $(BIN)/llmopt bench build/bench/$$recipe --append benchmarks/rows/embedded.jsonl || exit 1; \
 	done
 	$(BIN)/python benchmarks/render.py
+
+soak: $(STAMP) ## 10,000 mixed requests from 64 clients against the embedded model; fails when one is lost or memory grows
+	$(BIN)/llmopt compile models/classics-2m -r fp32-cpu -o build/soak --max-context 512
+	$(BIN)/python benchmarks/soak.py build/soak --requests 10000 --kill-engine
 
 docs: $(STAMP) ## Regenerate docs/benchmarks.md from benchmarks/rows
 	$(BIN)/python benchmarks/render.py

@@ -201,14 +201,15 @@ class HttpPool:
         self._idle: list[_Connection] = []
         self._tls = ssl.create_default_context() if address.secure else None
 
-    async def request(self, method: str, path: str, content: bytes, body: Body) -> int:
-        """One exchange; returns the status. Raises HttpError or OSError; cancelling it breaks the connection off.
+    async def request(self, method: str, path: str, content: bytes, body: Body, **headers: str) -> int:
+        """One exchange; returns the status. ``headers``: more than the pool's. Cancelling it breaks the connection off.
 
         A kept connection may have been closed by the server meanwhile: a request that got no byte of an answer on
-        one goes out again on another.
+        one goes out again on another. Raises HttpError or OSError.
         """
-        head = f"{method} {self.address.path}{path} HTTP/1.1\r\n{self._head}\r\ncontent-length: {len(content)}\r\n\r\n"
-        data = head.encode("latin-1") + content
+        lines = [f"{method} {self.address.path}{path} HTTP/1.1", self._head, f"content-length: {len(content)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        data = "\r\n".join((*lines, "\r\n")).encode("latin-1") + content
         while True:
             connection = self._idle.pop() if self._idle else await self._open()
             try:

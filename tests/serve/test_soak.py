@@ -1,0 +1,70 @@
+"""A short soak, and that the verdict of a soak can be a bad one."""
+
+import pytest
+
+from benchmarks.soak import drift, gauges, judge, main
+from benchmarks.soak_requests import Outcome
+from benchmarks.soak_watch import Seen
+from llmopt.cli.main import run
+
+GOOD = [Outcome("whole", "answered"), Outcome("refused", "refused"), Outcome("left", "left"), Outcome("whole", "shed")]
+
+
+def seen(health=5.0, statuses=(), last=100):
+    """What a watcher saw: steady, but for what is asked for."""
+    memory = [[100, 100]] * 60 + [[100, last]] * 20
+    return Seen([health] * 80, list(statuses), memory, [0.1] * 80)
+
+
+@pytest.mark.slow
+def test_500_requests(embedded_model, tmp_path, capsys):
+    artifact = tmp_path / "fp32"
+    arguments = [
+        "compile",
+        str(embedded_model),
+        "-r",
+        "fp32-cpu",
+        "-o",
+        str(artifact),
+        "--max-context",
+        "128",
+        "--json",
+    ]
+    assert run(arguments) == 0
+    # machines that run tests are busy: the bound of 50 ms is for a machine of its own
+    code = main([str(artifact), "--requests", "500", "--clients", "32", "--health-ms", "1000", "--kill-engine"])
+    assert code == 0, capsys.readouterr().err
+
+
+def test_a_clean_run_has_no_problems():
+    figures, problems = judge(GOOD, seen(), {"active_requests": 0})
+    assert problems == []
+    assert figures["ends"] == {"answered": 1, "left": 1, "refused": 1, "shed": 1}
+
+
+@pytest.mark.parametrize("ended", ["lost", "hung", "wrong"])
+def test_a_request_that_does_not_end_well_is_a_problem(ended):
+    assert judge([*GOOD, Outcome("whole", ended, "why")], seen(), {})[1] == [f"whole {ended}: why"]
+
+
+@pytest.mark.parametrize(
+    ("saw", "held", "problem"),
+    [
+        (seen(last=104), {}, "memory of the engine process grew by 4.0%"),
+        (seen(health=60), {}, "p99 of /health is 60.0 ms, over 50 (a timer here is 0.1 ms late)"),
+        (seen(statuses=[503]), {}, "/health answered 503"),
+        (seen(), {"llmopt_kv_blocks_used": 3}, "llmopt_kv_blocks_used is 3 at the end"),
+    ],
+)
+def test_what_a_soak_looks_for(saw, held, problem):
+    assert judge(GOOD, saw, held)[1] == [problem]
+
+
+def test_memory_may_grow_while_it_warms_up():
+    assert drift([50] * 10 + [100] * 90) == 0
+    assert drift([100] * 80 + [110] * 20) == pytest.approx(0.1)
+
+
+def test_gauges():
+    text = "# TYPE llmopt_requests_running gauge\nllmopt_requests_running 2\nllmopt_kv_blocks_used 7\nother 1\n"
+    assert gauges(text) == {"llmopt_requests_running": 2, "llmopt_kv_blocks_used": 7}
