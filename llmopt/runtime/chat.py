@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -47,18 +48,36 @@ class ChatTemplate:
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
         return ChatTemplate(found, special_tokens(config)) if found else None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it says anything about tools."""
+        return re.search(r"\btools\b", self.source) is not None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt of a conversation.
 
-        ``messages``: ``{"role", "content", …}``, content a string or a list of text parts. Raises RequestError when the
-        template refuses the conversation, ArtifactError when it tries to leave its sandbox.
+        ``messages``: ``{"role", "content", …}``, content a string or a list of text parts. ``tools``: functions in
+        OpenAI's form. ``variables``: the template's own, by name. Raises RequestError when the template refuses the
+        conversation, ArtifactError when it tries to leave its sandbox.
         """
         if not messages:
             raise RequestError("the conversation has no messages")
-        values = {"messages": [_plain_message(m) for m in messages], "tools": None, "documents": None}
+        values = {
+            **self._tokens,
+            **_plain(variables or {}),
+            "messages": [_plain_message(m) for m in messages],
+            "tools": [_plain(tool) for tool in tools] or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            pieces = self._template.generate(**self._tokens, **values, add_generation_prompt=add_generation_prompt)
-            return _limited(pieces)
+            return _limited(self._template.generate(values))
         except LlmoptError:
             raise
         except SecurityError as error:
@@ -214,9 +233,15 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of plain JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(value)))
+    return plain
+
+
 def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message of plain JSON values, its text parts joined to one string."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(message)))
+    plain = _plain(message)
     content = plain.get("content")
     if isinstance(content, list):
         plain["content"] = "".join(_part_text(part) for part in content)

@@ -18,12 +18,14 @@ class Delta:
 
     ``finish_reason`` is set on the last one. ``stop_reason`` then says which stop string or token id ended it (None:
     the length did). A token that ends a request is among ``tokens``; tokens of a matched stop string are not.
+    ``prompt``: the prompt's tokens with their log-probabilities, on the first delta of a request that asked for them.
     """
 
     text: str
     tokens: tuple[Sampled, ...]
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    prompt: tuple[Sampled, ...] = ()
 
 
 class RequestStream:
@@ -47,11 +49,12 @@ class RequestStream:
         self._decoded += len(text)
         text, hit = self._matcher.push(text)
         if hit is not None:
-            return Delta(text, self._tokens(len(text)), "stop", hit)
+            return Delta(text, self._tokens(len(text)), "stop", hit, output.prompt)
         if reason:
             text += self._matcher.flush()
         tokens = self._tokens(len(text), everything=reason is not None)
-        return Delta(text, tokens, reason, output.sampled.token if reason == "stop" else None)
+        stop = output.sampled.token if reason == "stop" else None
+        return Delta(text, tokens, reason, stop, output.prompt)
 
     def _tokens(self, new: int, everything: bool = False) -> tuple[Sampled, ...]:
         """Tokens whose text begins before the end of what is emitted now."""

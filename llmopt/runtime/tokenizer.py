@@ -66,9 +66,9 @@ class Tokenizer:
         stream = self.stream(skip_special)
         return "".join([stream.push(i) for i in ids]) + stream.flush()
 
-    def stream(self, skip_special: bool = True) -> TextStream:
-        """A decoder for one sequence, fed token by token."""
-        skipped = self.special_ids if skip_special else frozenset()
+    def stream(self, skip_special: bool = True, keep: frozenset[int] = frozenset()) -> TextStream:
+        """A decoder for one sequence, fed token by token. ``keep``: special tokens that are text all the same."""
+        skipped = self.special_ids - keep if skip_special else frozenset()
         if self._kind == "byte_level":
             return ByteLevelStream(self._bytes, skipped)
         return WindowStream(self.backend, self._bytes, skipped)
@@ -84,6 +84,11 @@ class Tokenizer:
         """Id of a token by its text."""
         found = self.backend.token_to_id(text)
         return None if found is None else int(found)
+
+    def added_id(self, text: str) -> int | None:
+        """Id of a token that was added to the vocabulary, special or not, by its text."""
+        found = self.token_id(text)
+        return found if found in self.backend.get_added_tokens_decoder() else None
 
     def _listed_special(self) -> list[str]:
         extra = self.config.get("additional_special_tokens") or self.config.get("extra_special_tokens") or []

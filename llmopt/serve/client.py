@@ -10,10 +10,24 @@ import subprocess
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
-from llmopt.errors import ExecutorError, LlmoptError, RequestError
+from llmopt.errors import ExecutorError, LlmoptError
 from llmopt.runtime.core import TokenOutput
 from llmopt.runtime.params import GenerationParams
-from llmopt.serve.wire import VERSION, Add, Cancel, Fatal, Message, Ready, Refused, Stop, Tokens, encode, read_message
+from llmopt.serve.wire import (
+    VERSION,
+    Add,
+    Cancel,
+    Fatal,
+    Message,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Stop,
+    Tokens,
+    encode,
+    read_message,
+)
 from llmopt.serve.wire import WireError as Closed
 
 STOP_SECONDS = 10.0
@@ -44,6 +58,9 @@ class EngineClient:
         self.died: asyncio.Event = asyncio.Event()
         self.failure: LlmoptError | None = None
         self._queues: dict[int, asyncio.Queue[_Item]] = {}
+        self.stats: dict[str, float] = {}
+        """What the engine counts, as of its last answer to ``watch``."""
+        self._heard = False
         self._ids = itertools.count(1)
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -94,6 +111,22 @@ class EngineClient:
             if not finished:
                 self._send(Cancel(request))
 
+    async def watch(self, interval: float, patience: float) -> None:
+        """Ask the engine every ``interval`` seconds whether it lives; kill it once it is silent for ``patience``.
+
+        It answers between two steps, so a step that never ends is silence too.
+        """
+        silent = 0
+        for number in itertools.count(1):
+            self._heard = False
+            self._send(Ping(number))
+            await asyncio.sleep(interval)
+            silent = 0 if self._heard else silent + 1
+            if silent * interval >= patience and not self._stopping:
+                self._fail(ExecutorError(f"the engine has been silent for {silent * interval:g} seconds: it is stuck"))
+                self.process.kill()
+                return
+
     async def close(self) -> None:
         """Stop the process: ask, wait, kill. Requests still running are dropped."""
         self._stopping = True
@@ -121,12 +154,15 @@ class EngineClient:
         try:
             while True:
                 message = await read_message(reader)
+                self._heard = True
                 match message:
                     case Tokens(outputs):
                         for output in outputs:
                             self._give(output.request_id, output)
-                    case Refused(request, what):
-                        self._give(request, RequestError(what))
+                    case Refused(request):
+                        self._give(request, message.error())
+                    case Pong(_, stats):
+                        self.stats = stats
                     case Fatal():
                         self._fail(_error_of(message))
                         return

@@ -12,12 +12,30 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from queue import SimpleQueue
 from typing import Any
 
-from llmopt.errors import LlmoptError, RequestError
+from llmopt.errors import LlmoptError, RequestError, ResourceError
 from llmopt.runtime.core import EngineCore
-from llmopt.serve.wire import VERSION, Add, Cancel, Channel, Fatal, Message, Ready, Refused, Stop, Tokens, WireError
+from llmopt.runtime.grammar import GrammarCompiler
+from llmopt.serve.stats import engine_stats
+from llmopt.serve.wire import (
+    VERSION,
+    Add,
+    Cancel,
+    Channel,
+    Fatal,
+    Message,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Stop,
+    Tokens,
+    WireError,
+)
 from llmopt.target import LoadOptions
 
 INTERNAL = 70
@@ -46,18 +64,27 @@ def load_core(options: EngineOptions) -> EngineCore:
     """Open the artifact, checking every digest, and load its executor."""
     from llmopt.artifact import Artifact
     from llmopt.runtime.executors import load_executor
+    from llmopt.runtime.session import load_tokenizer
 
     artifact = Artifact.open(options.artifact, weights=options.weights, defer=True)
-    return EngineCore(load_executor(artifact, options.load), artifact.manifest.eos_token_ids)
+    executor, ends = load_executor(artifact, options.load), artifact.manifest.eos_token_ids
+    grammars = GrammarCompiler(load_tokenizer(artifact), executor.limits.vocab_size, ends)
+    return EngineCore(executor, ends, grammars)
 
 
 class EngineLoop:
-    """Takes messages between steps; waits for one when there is nothing to do."""
+    """Takes messages between steps; waits for one when there is nothing to do.
+
+    A grammar that is not known yet is compiled by another thread, while the others' steps go on.
+    """
 
     def __init__(self, core: EngineCore, channel: Channel) -> None:
         self.core, self.channel = core, channel
         self._theirs: dict[int, int] = {}
         self._ours: dict[int, int] = {}
+        self._compiling: dict[int, Add] = {}
+        self._compiled: SimpleQueue[int] = SimpleQueue()
+        self._compiler = ThreadPoolExecutor(1, "compile")
 
     def run(self) -> None:
         """Until the API process says stop (or is gone: WireError)."""
@@ -68,33 +95,58 @@ class EngineLoop:
                 if isinstance(message, Stop):
                     return
                 self._handle(message)
+            self._add_compiled()
             self._step()
 
     def _handle(self, message: Message) -> None:
         match message:
-            case Add(request, prompt, params):
-                try:
-                    ours = self.core.add(prompt, params)
-                except RequestError as error:
-                    self.channel.send(Refused(request, str(error)))
+            case Add(request, _, params):
+                compiler = self.core.constraints.compiler
+                if params.grammar is None or compiler is None or compiler.knows(params.grammar):
+                    self._add(message)
                 else:
-                    self._theirs[ours], self._ours[request] = request, ours
+                    self._compiling[request] = message
+                    done = self._compiler.submit(compiler.compile, params.grammar)
+                    done.add_done_callback(lambda _: self._compiled.put(request))
+                    done.add_done_callback(lambda _: self.channel.wake())
+            case Ping(number):
+                self.channel.send(Pong(number, engine_stats(self.core)))
             case Cancel(request):
+                self._compiling.pop(request, None)
                 if (cancelled := self._ours.pop(request, None)) is not None:
                     del self._theirs[cancelled]
                     self.core.cancel(cancelled)
             case _:
                 raise WireError(f"unexpected message {message!r}")
 
+    def _add(self, message: Add) -> None:
+        try:
+            ours = self.core.add(message.prompt, message.params)
+        except RequestError as error:
+            self.channel.send(Refused.of(message.request, error))
+        except ResourceError as error:
+            self.channel.send(Refused(message.request, str(error)))
+        else:
+            self._theirs[ours], self._ours[message.request] = message.request, ours
+
+    def _add_compiled(self) -> None:
+        """Start the requests whose grammar has been compiled (or turned out to be wrong, which ``add`` says again)."""
+        while not self._compiled.empty():
+            if (message := self._compiling.pop(self._compiled.get(), None)) is not None:
+                self._add(message)
+
     def _step(self) -> None:
         outputs = self.core.step()
-        if not outputs:
-            return
-        named = [replace(output, request_id=self._theirs[output.request_id]) for output in outputs]
-        for output, theirs in zip(outputs, named):
-            if output.finish_reason:
-                del self._theirs[output.request_id], self._ours[theirs.request_id]
-        self.channel.send(Tokens(named))
+        if outputs:
+            named = [replace(output, request_id=self._theirs[output.request_id]) for output in outputs]
+            for output, theirs in zip(outputs, named):
+                if output.finish_reason:
+                    del self._theirs[output.request_id], self._ours[theirs.request_id]
+            self.channel.send(Tokens(named))
+        for failure in self.core.failures():
+            request = self._theirs.pop(failure.request_id)
+            del self._ours[request]
+            self.channel.send(Refused.of(request, failure.error))
 
 
 def run_engine(descriptor: int, load: Callable[[], EngineCore]) -> int:
@@ -102,8 +154,7 @@ def run_engine(descriptor: int, load: Callable[[], EngineCore]) -> int:
     # Ctrl-C and a SIGTERM to the whole group reach both processes; the API process drains, then tells this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with socket.socket(fileno=descriptor) as connection:
-        channel = Channel(connection)
+    with socket.socket(fileno=descriptor) as connection, Channel(connection) as channel:
         try:
             core = load()
             try:

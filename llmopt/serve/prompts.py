@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from llmopt.runtime.chat import ChatTemplate
 from llmopt.runtime.tokenizer import Tokenizer
 from llmopt.serve.errors import ApiError
+from llmopt.serve.fields import Tool
 from llmopt.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
+from llmopt.serve.tools import ToolFormat, detect_format
 
 
 def request_prompts(
-    request: GenerationRequest, tokenizer: Tokenizer, chat: ChatTemplate | None
+    request: GenerationRequest, tokenizer: Tokenizer, chat: ChatTemplate | None, form: ToolFormat | None = None
 ) -> list[tuple[list[int], str]]:
     """Token ids of each prompt, and the text to echo before its answer.
 
-    A conversation goes through the chat template, which writes the special tokens itself. Raises ApiError when
+    A conversation goes through the chat template, which writes the special tokens itself. ``form``: of the model's
+    tool calls, if not the one its template teaches. Raises ApiError when
     there is no template or a prompt is empty.
     """
     if isinstance(request, ChatRequest):
-        if chat is None:
-            raise ApiError("this model has no chat template: use completions", param="messages")
-        text = chat.render([message.plain() for message in request.messages])
+        text = chat_prompt(request, chat, form or detect_format(None if chat is None else chat.source))
         return [(tokenizer.encode(text, special=False), "")]
     assert isinstance(request, CompletionRequest)
     prompts = []
@@ -30,3 +34,19 @@ def request_prompts(
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         prompts.append((ids, text if request.echo else ""))
     return prompts
+
+
+def chat_prompt(request: ChatRequest, chat: ChatTemplate | None, form: ToolFormat) -> str:
+    """The text of a conversation. A template that says nothing of tools gets them in a system message in front."""
+    if chat is None:
+        raise ApiError("this model has no chat template: use completions", param="messages")
+    messages, tools = [message.plain() for message in request.messages], request.callable_tools
+    if tools and not chat.takes_tools:
+        messages.insert(0, {"role": "system", "content": tools_text(tools, form)})
+    return chat.render(messages, tools=[tool.plain() for tool in tools], variables=request.chat_template_kwargs)
+
+
+def tools_text(tools: Sequence[Tool], form: ToolFormat) -> str:
+    """What to tell a model about its tools when its template does not."""
+    listed = "\n".join(json.dumps(tool.plain()["function"], ensure_ascii=False) for tool in tools)
+    return f"You can call these functions:\n{listed}\nTo call one, answer with:\n{form.example()}"

@@ -5,64 +5,59 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from llmopt.runtime.params import GenerationParams
 from llmopt.runtime.protocol import SamplingParams
 from llmopt.serve.errors import ApiError
+from llmopt.serve.fields import MAX_TOOLS, NamedTool, ResponseFormat, Strict, StructuredOutputs, Tool
+from llmopt.serve.messages import Message
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "function_call": ("none",),
     "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
 """Known fields this server cannot honour, with the values that ask for nothing (as null always does)."""
 
-IGNORED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
+INSTEAD = {
+    "best_of": "ask for n choices with logprobs and choose",
+    "function_call": "use tool_choice",
+    "functions": "use tools",
+    **{f"guided_{kind}": f'use structured_outputs: {{"{kind}": …}}' for kind in ("choice", "grammar", "json", "regex")},
+    "reasoning_effort": "use chat_template_kwargs",
+    "suffix": "write the model's own fill-in-the-middle prompt",
+}
+
+IGNORED = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"})
 """Fields for the provider's books: they never change an answer."""
 
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Names chat_template_kwargs may not set."""
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """``include_usage``: a last chunk with token counts."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
-class Message(_Strict):
-    """One message of a conversation; content is text or text parts."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    refusal: None = None
-
-    def plain(self) -> dict[str, Any]:
-        """The message for a chat template; ``developer`` is the newer word for ``system``."""
-        named = {"name": self.name} if self.name is not None else {}
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "" if self.content is None else self.content, **named}
-
-
-class GenerationRequest(_Strict):
-    """What both endpoints share. top_k, min_p, repetition_penalty, stop_token_ids and ignore_eos go beyond OpenAI."""
+class GenerationRequest(Strict):
+    """What both endpoints share; fields from ``top_k`` on go beyond OpenAI's, most with vLLM's names."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -76,11 +71,15 @@ class GenerationRequest(_Strict):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
+    response_format: ResponseFormat | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = None
+    priority: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def choices(self) -> int:
@@ -100,6 +99,10 @@ class GenerationRequest(_Strict):
         """Log-probabilities asked for: None, or the number of alternatives."""
         return None
 
+    def prompt_alternatives(self) -> int | None:
+        """Alternatives wanted for each prompt token: None, or their number."""
+        return self.prompt_logprobs
+
     def params(self, choice: int = 0) -> GenerationParams:
         """Parameters of one choice: choice i of a seeded request draws with seed + i."""
         sampling = SamplingParams(
@@ -116,7 +119,13 @@ class GenerationRequest(_Strict):
         )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return GenerationParams(
-            sampling, self.token_limit(), stop, tuple(self.stop_token_ids or ()), bool(self.ignore_eos)
+            sampling,
+            self.token_limit(),
+            stop,
+            tuple(self.stop_token_ids or ()),
+            bool(self.ignore_eos),
+            prompt_logprobs=self.prompt_alternatives(),
+            priority=self.priority or 0,
         )
 
 
@@ -127,9 +136,18 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = None
     echo: bool | None = None
 
+    @property
+    def scoring(self) -> bool:
+        """Whether the prompt's own log-probabilities are all that is wanted: nothing is generated."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def token_limit(self) -> int | None:
-        """OpenAI's default for completions is 16."""
-        return 16 if self.max_tokens is None else self.max_tokens
+        """OpenAI's default for completions is 16; to score a prompt one token is drawn and not shown."""
+        return 1 if self.scoring else 16 if self.max_tokens is None else self.max_tokens
+
+    def prompt_alternatives(self) -> int | None:
+        """An echoed prompt has log-probabilities as the answer has."""
+        return self.logprobs if self.echo and self.logprobs is not None else self.prompt_logprobs
 
     def alternatives(self) -> int | None:
         """``logprobs`` itself."""
@@ -151,6 +169,15 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Tools the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     def token_limit(self) -> int | None:
         """The newer name wins."""
@@ -186,7 +213,8 @@ def _refuse(name: str, value: Any, model: type[GenerationRequest]) -> None:
     if name in UNSUPPORTED:
         if value is None or value in UNSUPPORTED[name]:
             return
-        raise ApiError(f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+        what = f"{name} is not supported by this server"
+        raise ApiError(what, param=name, code="unsupported_parameter", hint=INSTEAD.get(name))
     near = difflib.get_close_matches(name, model.model_fields, n=1)
     hint = f"did you mean {near[0]}?" if near else None
     raise ApiError(f"unknown field {name!r}", param=name, code="unknown_parameter", hint=hint)
@@ -209,10 +237,35 @@ def _check_consistent(request: GenerationRequest) -> None:
         raise ApiError("stream_options needs stream: true", param="stream_options")
     if request.top_k is not None and request.top_k < -1:
         raise ApiError(f"top_k must be at least 0 (0 and -1 are off), not {request.top_k}", param="top_k")
-    if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
+    if request.prompt_logprobs is not None and request.stream:
+        raise ApiError("prompt_logprobs needs stream: false", param="prompt_logprobs")
+    if request.structured_outputs is not None:
+        _check_structured(request, request.structured_outputs)
+    if isinstance(request, ChatRequest):
+        _check_chat(request)
+
+
+def _check_structured(request: GenerationRequest, wanted: StructuredOutputs) -> None:
+    if len(wanted.asked()) != 1:
+        raise ApiError("give one of json, regex, choice and grammar", param="structured_outputs")
+    if request.response_format is not None and request.response_format.type != "text":
+        raise ApiError("structured_outputs and response_format exclude each other", param="structured_outputs")
+    if isinstance(request, ChatRequest) and request.callable_tools:
+        raise ApiError("structured_outputs and tools exclude each other", param="structured_outputs")
+
+
+def _check_chat(request: ChatRequest) -> None:
+    if request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
-    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
-        raise ApiError("echo with logprobs is not supported", param="echo", code="unsupported_parameter")
+    if reserved := RESERVED & (request.chat_template_kwargs or {}).keys():
+        raise ApiError(f"chat_template_kwargs may not set {min(reserved)}", param="chat_template_kwargs")
+    names = [tool.function.name for tool in request.tools or []]
+    if len(set(names)) != len(names):
+        raise ApiError("two tools have the same name", param="tools")
+    if isinstance(request.tool_choice, NamedTool) and request.tool_choice.function.name not in names:
+        raise ApiError(f"there is no tool {request.tool_choice.function.name!r}", param="tool_choice")
+    if request.tool_choice == "required" and not names:
+        raise ApiError("tool_choice required needs tools", param="tool_choice")
 
 
 def _logit_bias(raw: dict[str, float]) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import select
 import socket
@@ -10,11 +11,12 @@ import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
+from llmopt.errors import DeadlineError, OverloadError, QueueFullError, RequestError
 from llmopt.runtime.core import TokenOutput
 from llmopt.runtime.params import GenerationParams, Grammar
 from llmopt.runtime.protocol import Sampled, SamplingParams
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 1 << 28
 """Bytes; a longer frame is a broken peer."""
 
@@ -61,10 +63,27 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Refused:
-    """Engine → API: a request was invalid."""
+    """Engine → API: a request was invalid, or had to be ended. ``kind``: the name of the error's class.
+
+    ``retry_after``: seconds after which to ask again, for errors of overload.
+    """
 
     request: int
     message: str
+    kind: str = "RequestError"
+    retry_after: float | None = None
+
+    @staticmethod
+    def of(request: int, error: RequestError) -> Refused:
+        """The message for an error."""
+        retry_after = error.retry_after if isinstance(error, OverloadError) else None
+        kind = type(error).__name__ if type(error) in _OVERLOADS.values() else "RequestError"
+        return Refused(request, str(error), kind, retry_after)
+
+    def error(self) -> RequestError:
+        """The error it stands for."""
+        cls = _OVERLOADS.get(self.kind)
+        return RequestError(self.message) if cls is None else cls(self.message, retry_after=self.retry_after or 1.0)
 
 
 @dataclass(frozen=True)
@@ -79,8 +98,24 @@ class Stop:
     """API → engine: exit. Requests still running are dropped."""
 
 
-Message: TypeAlias = Ready | Fatal | Add | Cancel | Refused | Tokens | Stop
-_TYPES: dict[str, Any] = {t.__name__: t for t in (Ready, Fatal, Add, Cancel, Refused, Tokens, Stop)}
+@dataclass(frozen=True)
+class Ping:
+    """API → engine: say that you are alive. Answered between two steps."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Pong:
+    """Engine → API: the answer to a ping, with what the engine counts (docs/serving.md names the values)."""
+
+    number: int
+    stats: dict[str, float]
+
+
+Message: TypeAlias = Ready | Fatal | Add | Cancel | Refused | Tokens | Stop | Ping | Pong
+_TYPES: dict[str, Any] = {t.__name__: t for t in (Ready, Fatal, Add, Cancel, Refused, Tokens, Stop, Ping, Pong)}
+_OVERLOADS = {c.__name__: c for c in (OverloadError, QueueFullError, DeadlineError)}
 
 
 def encode(message: Message) -> bytes:
@@ -111,13 +146,22 @@ def decode(data: bytes) -> Message:
 
 
 def _pack(output: TokenOutput) -> list[Any]:
-    sampled = output.sampled
-    return [output.request_id, output.finish_reason, sampled.token, sampled.logprob, sampled.top]
+    packed = [output.request_id, output.finish_reason, *_pack_token(output.sampled)]
+    return [*packed, [_pack_token(s) for s in output.prompt]] if output.prompt else packed
+
+
+def _pack_token(sampled: Sampled) -> list[Any]:
+    return [sampled.token, sampled.logprob, sampled.top]
 
 
 def _unpack(raw: list[Any]) -> TokenOutput:
-    request, reason, token, logprob, top = raw
-    return TokenOutput(request, Sampled(token, logprob, tuple((i, p) for i, p in top)), reason)
+    request, reason, token, logprob, top, *prompt = raw
+    scores = tuple(_unpack_token(*entry) for entry in prompt[0]) if prompt else ()
+    return TokenOutput(request, _unpack_token(token, logprob, top), reason, scores)
+
+
+def _unpack_token(token: int, logprob: float | None, top: list[Any]) -> Sampled:
+    return Sampled(token, logprob, tuple((i, p) for i, p in top))
 
 
 def _params(raw: dict[str, Any]) -> GenerationParams:
@@ -146,11 +190,30 @@ async def read_message(reader: asyncio.StreamReader) -> Message:
 
 
 class Channel:
-    """The engine's side: a blocking socket, polled between steps."""
+    """The engine's side: a blocking socket, polled between steps. A context manager: leaving it closes it."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._buffer = bytearray()
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def wake(self) -> None:
+        """Make a waiting ``receive`` return; any thread may call it."""
+        with contextlib.suppress(OSError):  # full: it will wake anyhow; closed: nobody waits
+            self._waker.send(b"x")
+
+    def close(self) -> None:
+        """Close what ``wake`` needs; the connection is its owner's."""
+        self._woken.close()
+        self._waker.close()
 
     def send(self, message: Message) -> None:
         """Send one message; raises WireError when the peer is gone."""
@@ -160,11 +223,20 @@ class Channel:
             raise WireError("the connection is closed") from error
 
     def receive(self, wait: bool) -> list[Message]:
-        """Every message that has arrived; with ``wait`` at least one. Raises WireError when the peer is gone."""
+        """Every message that has arrived; with ``wait`` at least one, unless woken.
+
+        Raises WireError when the peer is gone.
+        """
         messages = self._parse()
         while True:
-            ready, _, _ = select.select([self._socket], [], [], None if wait and not messages else 0)
-            if not ready:
+            sources = [self._socket, self._woken]
+            ready, _, _ = select.select(sources, [], [], None if wait and not messages else 0)
+            if self._woken in ready:
+                self._woken.recv(1 << 12)
+                wait = False
+            if self._socket not in ready:
+                if ready:
+                    continue
                 return messages
             try:
                 data = self._socket.recv(1 << 16)

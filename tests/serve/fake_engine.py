@@ -8,14 +8,23 @@ import json
 import sys
 import time
 
+import numpy as np
+
 from llmopt.errors import ArtifactError
 from llmopt.runtime.core import EngineCore
-from llmopt.runtime.protocol import ExecutorLimits
+from llmopt.runtime.protocol import ExecutorLimits, StepOutput
 from llmopt.serve.engine_process import run_engine
 from tests.runtime.fake import FakeExecutor, plan_of
 
 VOCAB, CONTEXT = 4096, 96
 PLAN = plan_of("paged", context=CONTEXT)
+
+
+def prompt_logits(tokens):
+    """Logits (rows, VOCAB) after each token of a prompt: the next id is three times as likely as any other."""
+    logits = np.zeros((len(tokens), VOCAB), np.float32)
+    logits[np.arange(len(tokens)), (tokens + 1) % VOCAB] = np.log(3)
+    return logits
 
 
 def load(options):
@@ -27,9 +36,12 @@ def load(options):
 
     class Slow(FakeExecutor):
         def _run(self, batch):
-            if batch.rows:
+            if batch.rows or batch.decode is not None:
                 time.sleep(options.get("sleep", 0))
-            return super()._run(batch)
+            done = super()._run(batch)
+            return StepOutput(
+                done.sampled, {r.seq_id: prompt_logits(r.tokens) for r in batch.rows if r.logits == "all"}
+            )
 
     return EngineCore(Slow(PLAN, limits, options.get("fail_at")), options.get("eos", ()))
 

@@ -1,6 +1,7 @@
 """The HTTP API over a fake engine: answers equal the oracle's, streams add up, errors are OpenAI's."""
 
 import json
+import math
 
 import pytest
 
@@ -139,7 +140,50 @@ def test_log_probabilities_of_a_completion(api, tokenizer):
     report = body["choices"][0]["logprobs"]
     assert len(report["tokens"]) == len(report["token_logprobs"]) == len(report["top_logprobs"]) == 12
     assert report["text_offset"][0] == 0
-    assert all(b - a == len(t) for a, b, t in zip(report["text_offset"], report["text_offset"][1:], report["tokens"]))
+    check_offsets(body["choices"][0]["text"], report)
+
+
+def check_offsets(text, report):
+    """Every token that is text by itself stands at its offset, or behind the replacement of a cut character."""
+    whole = [(o, t) for o, t in zip(report["text_offset"], report["tokens"]) if not t.startswith("bytes:")]
+    assert len(whole) > 5
+    assert all(text[o:].startswith((t, "\ufffd" + t)) for o, t in whole)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_has_log_probabilities(api, tokenizer, stream):
+    ids = [*tokenizer.encode("Once upon a time"), 7, 8, 9]
+    fields = {"prompt": ids, "echo": True, "logprobs": 2, **GREEDY}
+    if stream:
+        choices = [c["choices"][0] for c in events(post(api, "/v1/completions", **fields, stream=True))]
+    else:
+        choices = post(api, "/v1/completions", **fields).json()["choices"]
+    text = "".join(c["text"] for c in choices)
+    assert text == tokenizer.decode(ids) + tokenizer.decode(expected(tokenizer, ids))
+    reports = [c["logprobs"] for c in choices if c["logprobs"]]
+    report = {name: [v for r in reports for v in r[name]] for name in reports[0]}
+    assert report["token_logprobs"][0] is report["top_logprobs"][0] is None
+    likely = math.log(3 / (VOCAB + 2))  # what the fake engine gives to the id after the last one
+    for i, logprob in enumerate(report["token_logprobs"][1 : len(ids)], 1):
+        assert logprob == pytest.approx(likely if ids[i] == ids[i - 1] + 1 else likely - math.log(3), abs=1e-4)
+    check_offsets(text, report)
+
+
+def test_a_prompt_is_scored_without_generating(api, tokenizer):
+    body = post(api, "/v1/completions", prompt=[5, 6], echo=True, logprobs=0, max_tokens=0).json()
+    [choice] = body["choices"]
+    assert choice["text"] == tokenizer.decode([5, 6])
+    assert len(choice["logprobs"]["tokens"]) == 2
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+
+
+def test_prompt_log_probabilities_of_a_chat(api, tokenizer):
+    body = post(api, "/v1/chat/completions", **CHAT, prompt_logprobs=1, max_tokens=1).json()
+    first, *rest = body["choices"][0]["prompt_logprobs"]
+    assert first is None
+    assert len(rest) == body["usage"]["prompt_tokens"] - 1
+    assert all(entry["logprob"] < 0 for position in rest for entry in position.values())
+    assert all(1 <= len(position) <= 2 for position in rest)
 
 
 def test_logit_bias_and_the_extensions_reach_the_sampler(api, tokenizer):
@@ -162,6 +206,7 @@ def test_models_health_and_version(api):
 
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +225,11 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, None, "max_tokens must be at least 1"),
         ("completions", {"prompt": "a", "n": 0}, 400, "n", "greater than or equal to 1"),
         ("completions", {"prompt": "a", "logprobs": 21}, 400, None, "logprobs must be in"),
-        ("completions", {"prompt": "a", "logprobs": 1, "echo": True}, 400, "echo", "echo with logprobs"),
+        ("completions", {"prompt": "a", "guided_regex": "a"}, 400, "guided_regex", "use structured_outputs"),
+        ("completions", {"prompt": "a", "logprobs": 21, "echo": True}, 400, None, "logprobs must be in"),
+        ("completions", {"prompt": "a", "priority": 1 << 40}, 400, None, "priority must be in"),
+        ("completions", {"prompt": ["a"] * 50, "n": 3}, 400, "n", "asks for 150 choices, this server allows 128"),
+        ("completions", {"prompt": "a", "structured_outputs": {}}, 400, "structured_outputs", "give one of json"),
         ("completions", {"prompt": "a", "suffix": "x"}, 400, "suffix", "suffix is not supported"),
         ("completions", {"prompt": "a", "best_of": 2}, 400, "best_of", "best_of is not supported"),
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "must be token ids"),
@@ -192,8 +241,25 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
         ("chat/completions", {}, 400, "messages", "messages is required"),
         ("chat/completions", {"messages": []}, 400, None, "no messages"),
         ("chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages", "messages.0.role: "),
-        ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools", "tools is not supported"),
-        ("chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format", "not supp"),
+        ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools", "tools.0.function is required"),
+        ("chat/completions", {**CHAT, "tools": [TOOL, TOOL]}, 400, "tools", "two tools have the same name"),
+        ("chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice", "needs tools"),
+        (
+            "chat/completions",
+            {**CHAT, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            400,
+            "tool_choice",
+            "there is no tool 'g'",
+        ),
+        ("chat/completions", {**CHAT, "response_format": {"type": "xml"}}, 400, "response_format", "json_schema"),
+        ("chat/completions", {**CHAT, "functions": [{}]}, 400, "functions", "use tools"),
+        (
+            "chat/completions",
+            {**CHAT, "chat_template_kwargs": {"messages": []}},
+            400,
+            "chat_template_kwargs",
+            "may not set messages",
+        ),
         ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
         (
             "chat/completions",

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -161,7 +162,8 @@ def test_a_signal_while_loading_ends_the_server(start, root, embedded_model):
 
     command = [sys.executable, "-m", "tests.serve.fake_server", str(embedded_model), "{}", '{"load_sleep": 30}']
     process = subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
-    time.sleep(1.5)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(children.read_text)  # the engine process has begun, so the handlers are in place
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
     assert process.wait(20) == 0

@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class ToolSpec:
-    """A function a model may call. ``parameters``: JSON schema of its arguments. ``strict``: they must follow it."""
+    """A function a model may call. ``parameters``: JSON schema of its arguments."""
 
     name: str
     parameters: Mapping[str, Any]
-    strict: bool = False
 
 
 @dataclass(frozen=True)
