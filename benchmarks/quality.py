@@ -122,8 +122,8 @@ def main() -> None:
     windows = split_windows(ids, WINDOW, given.windows * WINDOW).copy()
     calibration = read_windows(given.train, tokenizer, given.tokens, WINDOW).calibration
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    common = {"date": date.today().isoformat(), "commit": head.stdout.strip(), "model": given.checkpoint.name, "windows": len(windows),
-              "window": WINDOW, "calibration_tokens": calibration.numel()}  # fmt: skip
+    common = {"date": date.today().isoformat(), "commit": head.stdout.strip(), "model": given.checkpoint.name}
+    common |= {"windows": len(windows), "window": WINDOW, "calibration_tokens": calibration.numel()}
     made = [common | row for row in rows(Bench(given.checkpoint, calibration, windows), given.only or list(SCHEMES))]
     if given.append:
         with given.append.open("a", encoding="utf-8") as file:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from llmopt.calibration.text import HELD_OUT, Windows, split
+from llmopt.calibration.text import Windows, held_out, split
 from llmopt.errors import ResourceError
 from llmopt.frontend import Checkpoint, capture
 from llmopt.ir.pass_manager import PassContext, PassManager
@@ -41,8 +41,8 @@ def write_windows(
     if size > MEMORY_SHARE * memory:
         what = f"no text was given, and {size / 1e9:.1f} GB of weights do not fit {memory / 1e9:.1f} GB to write one"
         raise ResourceError(what, where="calibration", hint="give --calibration FILE")
-    count = max(1, round(tokens / length))
-    count += -(-count // (HELD_OUT - 1))
+    used, held = held_out(tokens, length)
+    count = used + held
     executor = generator(checkpoint, count, length)
     vocabulary = executor.limits.vocab_size
     ids = np.empty((count, length + 1), np.int64)
@@ -60,7 +60,7 @@ def write_windows(
         ids[:, position + 1] = [output.sampled[i].token for i in range(count)]
         progress("calibration text", position + 1, length)
     executor.close()
-    return split(torch.from_numpy(ids))
+    return split(torch.from_numpy(ids), held)
 
 
 def generator(checkpoint: Checkpoint, sequences: int, length: int) -> Executor:

@@ -17,7 +17,10 @@ PIECE = 4000
 """Characters drawn at a time: about two windows of 512 tokens of English."""
 
 HELD_OUT = 8
-"""One window in so many is kept for the proof."""
+"""One window in so many is kept for the proof,"""
+
+LEAST = 4
+"""and never fewer than this: an interval needs several."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +34,33 @@ class Windows:
     held_out: Tensor
 
 
-def split(ids: Tensor) -> Windows:
-    """Windows of rows (n, length + 1): every HELD_OUT-th is held out, at least one."""
-    held = torch.arange(len(ids)) % HELD_OUT == min(HELD_OUT, len(ids)) - 1
-    return Windows(ids[~held, :-1].contiguous(), ids[held].contiguous())
+def held_out(tokens: int, length: int) -> tuple[int, int]:
+    """Windows to calibrate on and to hold out for about ``tokens`` calibration tokens."""
+    count = max(1, round(tokens / length))
+    return count, max(LEAST, -(-count // HELD_OUT))
+
+
+def split(ids: Tensor, held: int) -> Windows:
+    """The last ``held`` rows of ids (n, length + 1) are held out: their order says nothing."""
+    return Windows(ids[:-held, :-1].contiguous(), ids[-held:].contiguous())
 
 
 def read_windows(path: Path, tokenizer: Tokenizer, tokens: int, length: int, seed: int = 0) -> Windows:
-    """About ``tokens`` calibration tokens in windows of ``length``, and an eighth as many held out.
+    """About ``tokens`` calibration tokens in windows of ``length``, and an eighth as many held out, LEAST windows at least.
 
     The text is cut into pieces of PIECE characters, drawn in an order that ``seed`` fixes until there are enough
     tokens. Raises RequestError for a file that cannot be read, or a text that is too short.
     """
     text = read_text(path)
-    count = max(1, round(tokens / length))
-    count += -(-count // (HELD_OUT - 1))
+    used, held = held_out(tokens, length)
+    count = used + held
     starts = list(range(0, len(text), PIECE))
     random.Random(seed).shuffle(starts)
     ids: list[int] = []
     for start in starts:
         ids += tokenizer.encode(text[start : start + PIECE], add_special_tokens=False).ids
         if len(ids) >= count * (length + 1):
-            return split(torch.tensor(ids[: count * (length + 1)]).reshape(count, length + 1))
+            return split(torch.tensor(ids[: count * (length + 1)]).reshape(count, length + 1), held)
     what = f"the text has {len(ids)} tokens, calibration and its held-out part need {count * (length + 1)}"
     raise RequestError(what, where=str(path), hint="give more text, or lower --calibration-tokens")
 
