@@ -185,6 +185,8 @@ def answer(session: Session, request: CompletionRequest | ChatRequest, as_json: 
     parts: list[str] = []
     last, tokens = None, []
     for last in generated(session, ids, request):
+        if last.error is not None:
+            raise last.error
         parts.append(last.delta.text)
         tokens += [t.token for t in last.delta.tokens]
         if not as_json:

@@ -39,7 +39,7 @@ class BatchRunner:
 
     def __init__(self, core: EngineCore, tokenizer: Tokenizer, chat: ChatTemplate | None, served: str) -> None:
         ready = Ready(VERSION, core.context, core.limits.vocab_size, core.limits.max_sequences)
-        self._model = Model(served, tokenizer, chat, ready, int(time.time()))
+        self._model = Model(served, tokenizer, chat, ready, int(time.time()), grammars=core.constraints.compiler)
         self._client = LocalClient(core)
         self._window = AHEAD * core.limits.max_sequences
 

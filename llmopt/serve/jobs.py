@@ -112,6 +112,8 @@ def read_job(raw: bytes, number: int, defaults: dict[str, Any]) -> Job:
         raise RequestError("a file of requests cannot stream")
     if request.choices > 1 or (isinstance(request, CompletionRequest) and len(request.prompts()) > 1):
         raise RequestError("several answers to one line need the batch form", hint='use "url" and "body"')
+    if isinstance(request, ChatRequest) and request.callable_tools:
+        raise RequestError("tool calls need the batch form", hint='use "url" and "body"')
     return Job(number, request, False, None if custom_id is None else str(custom_id))
 
 

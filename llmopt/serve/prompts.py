@@ -12,6 +12,9 @@ from llmopt.serve.fields import Tool
 from llmopt.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from llmopt.serve.tools import ToolFormat, detect_format
 
+MAX_ID = 1 << 32
+"""Tokenizers count in 32 bits: a larger id belongs to no vocabulary."""
+
 
 def request_prompts(
     request: GenerationRequest, tokenizer: Tokenizer, chat: ChatTemplate | None, form: ToolFormat | None = None
@@ -19,8 +22,8 @@ def request_prompts(
     """Token ids of each prompt, and the text to echo before its answer.
 
     A conversation goes through the chat template, which writes the special tokens itself. ``form``: of the model's
-    tool calls, if not the one its template teaches. Raises ApiError when
-    there is no template or a prompt is empty.
+    tool calls, if not the one its template teaches. Raises ApiError when there is no template, a prompt is empty, or
+    one to echo holds an id no vocabulary has.
     """
     if isinstance(request, ChatRequest):
         text = chat_prompt(request, chat, form or detect_format(None if chat is None else chat.source))
@@ -31,9 +34,17 @@ def request_prompts(
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if prompt == "" or not ids:
             raise ApiError("the prompt is empty", param="prompt")
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        prompts.append((ids, text if request.echo else ""))
+        prompts.append((ids, _echo(prompt, tokenizer) if request.echo else ""))
     return prompts
+
+
+def _echo(prompt: str | list[int], tokenizer: Tokenizer) -> str:
+    """The text of a prompt."""
+    if isinstance(prompt, str):
+        return prompt
+    if (wrong := next((i for i in prompt if not 0 <= i < MAX_ID), None)) is not None:
+        raise ApiError(f"the prompt holds the token id {wrong}", param="prompt")
+    return tokenizer.decode(prompt)
 
 
 def chat_prompt(request: ChatRequest, chat: ChatTemplate | None, form: ToolFormat) -> str:

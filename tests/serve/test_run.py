@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -150,6 +151,10 @@ def test_a_file_of_requests(llmopt, answers, tmp_path):
         (b'{"prompt": "a", "temperature": -1}', "line 3: temperature must be at least 0"),
         (b'{"prompt": "a", "stream": true}', "line 3: a file of requests cannot stream"),
         (b'{"prompt": "a", "n": 2}', "line 3: several answers to one line need the batch form"),
+        (
+            b'{"messages": [], "tools": [{"type": "function", "function": {"name": "f"}}]}',
+            "line 3: tool calls need the batch",
+        ),
         (b'{"custom_id": "x", "url": "/v1/embeddings", "body": {}}', "line 3: cannot POST to /v1/embeddings"),
         (b'{"custom_id": "x", "url": "/v1/completions"}', "line 3: the body must be a JSON object"),
         (b'{"url": "/v1/completions", "body": {}}', "line 3: the batch form needs a custom_id"),
@@ -205,18 +210,37 @@ def test_what_the_api_would_refuse_is_answered_in_its_line(llmopt, answers, tmp_
         {"prompt": "a", "stream": True},
         {"prompt": [1] * 201},
         {"prompt": "a", "model": "gpt"},
+        {"prompt": [1 << 40], "echo": True},
+        {
+            "prompt": "a",
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}},
+        },
         {"prompt": "Call me", "model": "whale", "max_tokens": 3, "temperature": 0},
     ]
     lines = [{"custom_id": str(i), "url": "/v1/completions", "body": body} for i, body in enumerate(bodies)]
     source.write_text("\n".join(map(json.dumps, lines)))
     code, out, err = llmopt("--input", source, "--served-model-name", "whale")
-    assert (code, err) == (0, "4 of 5 requests were refused: their lines say why\n")
+    assert (code, err) == (0, "6 of 7 requests were refused: their lines say why\n")
     found = [json.loads(line) for line in out.splitlines()]
-    assert [f["custom_id"] for f in found] == list("01234")
-    assert [f["response"]["status_code"] for f in found] == [400, 400, 400, 404, 200]
+    assert [f["custom_id"] for f in found] == list("0123456")
+    assert [f["response"]["status_code"] for f in found] == [400, 400, 400, 404, 400, 400, 200]
     assert [f["response"]["body"]["error"]["param"] for f in found[:2]] == ["temperatur", "stream"]
     assert "201 tokens" in found[2]["response"]["body"]["error"]["message"]
-    assert found[4]["response"]["body"]["choices"][0]["text"] == answers("Call me", 3).text
+    assert found[6]["response"]["body"]["choices"][0]["text"] == answers("Call me", 3).text
+
+
+def test_a_line_may_ask_for_a_form(llmopt, tmp_path):
+    source = tmp_path / "in.jsonl"
+    form = {"regex": "(yes|no), [0-9]{3}"}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "structured_outputs": form, "max_tokens": 60, "seed": 1}
+    lines = [{**body, "custom_id": "plain"}, {"custom_id": "batch", "url": "/v1/chat/completions", "body": body}]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    code, out, err = llmopt("--input", source)
+    assert (code, err) == (0, "")
+    plain, batch = map(json.loads, out.splitlines())
+    message = batch["response"]["body"]["choices"][0]["message"]
+    for text in (plain["text"], message["content"]):
+        assert re.fullmatch(form["regex"], text)
 
 
 @pytest.mark.parametrize(
