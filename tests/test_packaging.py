@@ -45,6 +45,9 @@ def test_the_wheel_holds_one_package_with_all_plugins(wheel):
         expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / kind).glob(pattern)}
         assert expected
         assert expected <= {n.removeprefix("llmopt/_builtin/") for n in names if n.startswith("llmopt/_builtin/")}
+    page = {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmopt/serve/page").iterdir() if p.is_file()}
+    assert {Path(name).suffix for name in page} == {".css", ".html", ".js", ".py", ".svg"}
+    assert page <= set(names)
 
 
 def test_the_wheel_says_what_it_needs(wheel):

@@ -20,12 +20,19 @@ const TILES = [
   ["KV blocks in use", "%", (then, now) => percent(total(now, "llmopt_kv_blocks_used"), total(now, "llmopt_kv_blocks"))],
   ["First token, p50", "ms", (then, now, seconds, first) => milliseconds(quantile(first, now, "llmopt_time_to_first_token_seconds", 0.5))],
   ["Between tokens, p99", "ms", (then, now, seconds, first) => milliseconds(quantile(first, now, "llmopt_inter_token_latency_seconds", 0.99))],
+  ["Prefix cache hits", "%", (then, now, seconds, first) => percent(grown(first, now, "llmopt_prefix_hit_tokens_total"), grown(first, now, "llmopt_prefix_tokens_total"))],
   ["Preemptions", "in all", (then, now) => total(now, "llmopt_preemptions_total")],
 ];
 
-function rate(then, now, name, seconds) {
+// What a counter grew by; a server that began anew counts from zero.
+function grown(then, now, name) {
   const [before, after] = [total(then, name), total(now, name)];
-  return before === undefined || after === undefined ? undefined : Math.max(0, after - before) / seconds;
+  return before === undefined || after === undefined ? undefined : Math.max(0, after - before);
+}
+
+function rate(then, now, name, seconds) {
+  const growth = grown(then, now, name);
+  return growth === undefined ? undefined : growth / seconds;
 }
 
 function milliseconds(seconds) {
