@@ -158,3 +158,34 @@ def test_text_stands_out_in_both_themes(browser, server, dark):
         pair = [tab.run(color.format(text, "color")), tab.run(color.format(ground, "backgroundColor"))]
         assert contrast(*pair) >= 4.5, (text, pair)
     assert contrast("rgb(150, 150, 150)", "rgb(255, 255, 255)") < 4.5  # negative control
+
+
+BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.5)
+
+
+def exposition(values, tokens=0):
+    """Prometheus' text of a histogram of ``values`` and a counter in two parts."""
+    counts = [sum(v <= bound for v in values) for bound in BOUNDS] + [len(values)]
+    lines = [f'wait_seconds_bucket{{le="{b}"}} {c}' for b, c in zip((*BOUNDS, "+Inf"), counts)]
+    parts = [f'tokens_total{{kind="a"}} {tokens}', f'tokens_total{{kind="say \\"b\\""}} {tokens / 2}']
+    return "\n".join(["# HELP wait_seconds of something", *lines, *parts, ""])
+
+
+@pytest.mark.slow
+def test_the_scripts_read_metrics(browser, server):
+    """Sums over labels, and quantiles of what came between two readings, within their bucket."""
+    tab = browser.open(server.url)
+    old, new = [0.4] * 50, [0.011, 0.012, 0.013, 0.03, 0.04, 0.06, 0.07, 0.08, 0.09, 0.3]
+    texts = json.dumps([exposition(old), exposition(old + new, tokens=10)])
+    script = f"import('/page/metrics.js').then(m => {{const [a, b] = {texts}.map(m.parseMetrics); return %s}})"
+    assert tab.run(script % "m.total(b, 'tokens_total')") == 15
+    assert tab.run(script % "m.total(b, 'nothing') === undefined")
+    assert tab.run(script % "m.quantile(b, b, 'wait_seconds', 0.5) === undefined")
+    for share in (0.1, 0.3, 0.5, 0.9, 0.99):
+        found = tab.run(script % f"m.quantile(a, b, 'wait_seconds', {share})")
+        exact = sorted(new)[min(len(new) - 1, int(share * len(new) - 1e-9))]
+        low = max((b for b in BOUNDS if b < exact), default=0)
+        high = min(b for b in BOUNDS if b >= exact)
+        assert low <= found <= high, share
+    # negative control: without the first reading the old values count too
+    assert tab.run(script % "m.quantile([], b, 'wait_seconds', 0.5)") > 0.1
