@@ -191,7 +191,8 @@ async def refused(soak: Soak) -> Outcome:
         ("unknown field", {"prompt": "a", "temperatur": 1}, (400,)),
         ("bad value", {"prompt": "a", "temperature": -1}, (400,)),
         ("too long", {"prompt": [7] * (soak.context + 1)}, (400,)),
-        ("no such token", {"prompt": [1 << 40]}, (400,)),
+        ("no such token", {"prompt": [1 << 40], "echo": True}, (400,)),
+        ("too many", {"prompt": "a", "n": 129}, (400,)),
         ("another model", {"prompt": "a", "model": "gpt"}, (404,)),
         ("too large", b" " * (17 << 20), (413,)),
     ]
