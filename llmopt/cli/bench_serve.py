@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Repeats the same requests (a prefix cache will know them).")
 @click.option("--timeout", default=600.0, show_default=True, type=click.FloatRange(0, min_open=True),
               help="Seconds a request may take.")  # fmt: skip
+@click.option("--label", help="What is measured, kept with the figures: server, model, machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write figures and every request's times as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write an HTML page with the distributions.")
@@ -121,6 +122,7 @@ def parse_options(url: str, seed: int, options: dict[str, Any]) -> tuple[Endpoin
         options["concurrency"],
         options["warmup"],
         seed,
+        options["label"],
     )
     return endpoint, load
 
@@ -146,6 +148,7 @@ def show(summary: dict[str, Any]) -> None:
     emit_pairs(
         [
             ("model", f"{summary['model']} at {summary['url']}"),
+            *([("label", summary["label"])] if summary["label"] else []),
             ("load", summary["load"]),
             (
                 "requests",

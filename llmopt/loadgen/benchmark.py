@@ -22,7 +22,10 @@ from llmopt.loadgen.workload import Call, FileShape, Shape
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent and when. ``rate`` in requests a second, infinite: all at once; ``concurrency`` None: no limit."""
+    """What is sent and when. ``rate`` in requests a second, infinite: all at once; ``concurrency`` None: no limit.
+
+    ``label``: what is measured, for the row.
+    """
 
     shape: Shape | FileShape
     requests: int
@@ -32,6 +35,7 @@ class Load:
     concurrency: int | None = None
     warmup: int = 0
     seed: int = 0
+    label: str | None = None
 
     def describe(self) -> str:
         """One line for people."""
@@ -64,6 +68,7 @@ async def measure(
     run = await drive(client, calls, load.concurrency, progress)
     summary = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "label": load.label,
         "url": endpoint.url,
         "model": model,
         "endpoint": endpoint.endpoint,

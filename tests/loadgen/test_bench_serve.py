@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.serve_rows import serving_section
 from llmopt.cli.main import run
 from tests.loadgen.scripted import Scripted, serving
 
@@ -25,7 +26,7 @@ def test_it_measures_what_the_server_does(bench, tmp_path):
     files = [tmp_path / name for name in ("o.json", "p.html", "rows.jsonl")]
     code, found = bench(
         Scripted(first=0.1, gap=0.03, tokens=6), "--requests", 8, "--prompt-len", 11, "--seed", 5,
-        "--slo", "ttft=90", "--output", files[0], "--plot", files[1], "--append", files[2],
+        "--slo", "ttft=90", "--output", files[0], "--plot", files[1], "--append", files[2], "--label", "scripted",
     )  # fmt: skip
     assert code == 0
     assert (found["succeeded"], found["prompt_tokens"], found["output_tokens"]) == (8, 88, 48)
@@ -37,7 +38,11 @@ def test_it_measures_what_the_server_does(bench, tmp_path):
     assert found["tokens_per_chunk"] == 1
     records = json.loads(files[0].read_text())["records"]
     assert [len(r["chunks"]) for r in records] == [6] * 8
-    assert json.loads(files[2].read_text())["seed"] == 5
+    row = json.loads(files[2].read_text())
+    assert (row["seed"], row["label"]) == (5, "scripted")
+    assert serving_section(tmp_path).count("\n| scripted | ") == 0  # a file of another name is another kind
+    files[2].rename(tmp_path / "load.jsonl")
+    assert serving_section(tmp_path).count("\n| scripted | ") == 1
     page = files[1].read_text()
     assert page.count("<svg") == 5
     assert "http://" not in page.replace(found["url"], "")  # nothing is fetched

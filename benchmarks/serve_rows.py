@@ -1,0 +1,72 @@
+"""The serving section of docs/benchmarks.md: rows of ``llmopt bench serve --append`` and of soaks in rows/serve/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+LOAD, SOAK = "load*.jsonl", "soak*.jsonl"
+
+
+def serving_section(folder: Path) -> str:
+    """Markdown of every row, in the order measured; empty without rows."""
+    loads, soaks = ([load_cells(r) for r in read(folder, LOAD)], [soak_cells(r) for r in read(folder, SOAK)])
+    parts = []
+    if loads:
+        parts.append("## Serving\n\nRows of `llmopt bench serve`; times are p50 / p99 in ms.\n\n" + table(loads))
+    if soaks:
+        parts.append("## Soaks\n\nRows of `benchmarks/soak.py`.\n\n" + table(soaks))
+    return "\n".join(part + "\n" for part in parts)
+
+
+def read(folder: Path, pattern: str) -> list[Row]:
+    """Rows of all files of one kind."""
+    lines = [line for path in sorted(folder.glob(pattern)) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def load_cells(row: Row) -> dict[str, object]:
+    """One run of the load generator."""
+
+    def times(name: str) -> str:
+        found = row[name]
+        return f"{found['p50']:.1f} / {found['p99']:.1f}" if found else "–"
+
+    return {
+        "server": row["label"] or row["model"],
+        "load": row["load"],
+        "output tok/s": row["output_tok_s"],
+        "TTFT": times("ttft_ms"),
+        "ITL": times("itl_ms"),
+        "end to end": times("e2e_ms"),
+        "failed": row["failed"],
+        "client": "bottleneck" if row["client"]["bottleneck"] else f"{row['client']['cpu_share']:.0%} of a core",
+        "date": row["date"],
+    }
+
+
+def soak_cells(row: Row) -> dict[str, object]:
+    """One soak."""
+    growth = ", ".join(f"{name} {value:+.1%}" for name, value in row["memory_growth"].items())
+    return {
+        "artifact": row["artifact"],
+        "machine": f"{row['machine']}, {row['cores']} cores",
+        "minutes": round(row["seconds"] / 60, 1),
+        "clients": row["clients"],
+        "requests": row["requests"],
+        "ends": ", ".join(f"{count} {name}" for name, count in row["ends"].items()),
+        "memory": growth,
+        "/health p99 ms": row["health_ms_p99"],
+        "timer late p99 ms": row["timer_late_ms_p99"],
+        "problems": row["problems"],
+        "commit": row["commit"],
+        "date": row["date"],
+    }
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """A Markdown table of rows with equal keys."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row.values()) + " |" for row in rows])
