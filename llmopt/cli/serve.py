@@ -2,61 +2,88 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
+
+from llmopt.serve.settings import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def settings(command: F) -> F:
+    """One option for every setting, in their order."""
+    kinds = get_type_hints(Settings)
+    for setting in reversed(fields(Settings)):
+        command = _option(setting, kinds[setting.name])(command)
+    return command
+
+
+def _option(setting: Field[Any], kind: Any) -> Callable[[F], F]:
+    name, default = setting.name.replace("_", "-"), setting.default
+    shown = "" if default in (None, ()) else f"  [default: {default}]"
+    what, kinds = setting.metadata["what"] + shown, [k for k in get_args(kind) if k is not type(None)] or [kind]
+    if kind is bool:
+        return click.option(f"--{name}/--no-{name}", default=None, help=what)
+    if isinstance(default, tuple):
+        return click.option(f"--{name}", multiple=True, help=what)
+    if all(isinstance(k, str) for k in kinds):
+        return click.option(f"--{name}", type=click.Choice(kinds), default=None, help=what)
+    parsed = click.Path(path_type=Path) if kinds == [Path] else kinds[0]
+    return click.option(f"--{name}", type=parsed, default=None, help=what)
 
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
-@click.option("--served-model-name", help="Name of the model in the API (default: the artifact's).")
-@click.option("--device", default="cpu", show_default=True, help="Device of the executor: cpu or cuda.")
-@click.option("--threads", default=0, type=click.IntRange(0), help="Threads of the executor (0: all cores).")
-@click.option(
-    "--max-sequences", default=8, show_default=True, type=click.IntRange(1), help="Sequences a step may hold."
-)
-@click.option("--max-context", type=click.IntRange(2), help="Longest sequence; default: the artifact's.")
-@click.option("--weights", type=click.Path(path_type=Path), help="Directory of the weights, when kept outside.")
-@click.option("--drain-seconds", default=30, show_default=True, type=click.IntRange(0),
-              help="How long a shutdown waits for running requests.")  # fmt: skip
-def serve(
-    artifact: Path,
-    host: str,
-    port: int,
-    served_model_name: str | None,
-    device: str,
-    threads: int,
-    max_sequences: int,
-    max_context: int | None,
-    weights: Path | None,
-    drain_seconds: int,
-) -> None:
-    """Serve ARTIFACT over HTTP: /v1/completions, /v1/chat/completions, /v1/models, /health, /version.
+@click.option("--config", type=click.Path(path_type=Path), help="serve.yaml: the settings below by their names.")
+@settings
+def serve(artifact: Path, config: Path | None, **given: Any) -> None:
+    """Serve ARTIFACT over HTTP with OpenAI's API (docs/serving.md); flags go over the settings of --config.
 
-    SIGTERM and Ctrl-C stop it after running requests have ended. Exit codes: 9 artifact, 10 port in use or
-    missing library, 12 the engine died.
+    SIGTERM and Ctrl-C stop it after running requests have ended. API keys come from --api-keys-file and from
+    LLMOPT_API_KEYS (separated by commas). Exit codes: 3 settings, 9 artifact, 10 port in use or missing library,
+    12 the engine died or is stuck.
     """
     import_server()
     from llmopt.artifact import Artifact
     from llmopt.runtime.session import load_chat, load_tokenizer
     from llmopt.serve import server
+    from llmopt.serve.app import Access
+    from llmopt.serve.config import load_options, load_settings, request_limits, scheduler_options
     from llmopt.serve.engine_process import EngineOptions
-    from llmopt.target import LoadOptions
+    from llmopt.serve.logs import Log
+    from llmopt.serve.security import load_keys
+    from llmopt.serve.tools import tool_format
 
+    told = load_settings(config, {name: value for name, value in given.items() if value not in (None, ())})
+    log, keys = Log(told.log == "json"), load_keys(told.api_keys_file, os.environ)
+    if told.public and not len(keys):
+        log("warning", message=f"{told.host} may be reached by others and no API key is set")
     # The engine process checks every digest; this one reads the tokenizer and nothing else.
-    opened = Artifact.open(artifact, weights=weights, verify=False)
-    tokenizer = load_tokenizer(opened)
-    load = LoadOptions(device, threads, max_sequences, max_context)
-    options = EngineOptions(str(artifact), None if weights is None else str(weights), load)
-    name = served_model_name or opened.manifest.model
+    opened = Artifact.open(artifact, weights=told.weights, verify=False)
+    weights = None if told.weights is None else str(told.weights)
+    options = server.ServerOptions(
+        host=told.host,
+        port=told.port,
+        model_name=told.served_model_name or opened.manifest.model,
+        drain_seconds=told.drain_seconds,
+        stuck_seconds=told.stuck_seconds,
+        form=None if told.tool_format is None else tool_format(told.tool_format),
+        eos_token_ids=tuple(opened.manifest.eos_token_ids),
+        golden=tuple(opened.manifest.golden),
+        limits=request_limits(told),
+        access=Access(keys, told.cors_origins, log),
+    )
     server.serve(
-        server.ServerOptions(host, port, name, drain_seconds),
-        server.engine_command(options),
-        tokenizer,
+        options,
+        server.engine_command(EngineOptions(str(artifact), weights, load_options(told), scheduler_options(told))),
+        load_tokenizer(opened),
         load_chat(opened),
-        lambda url: click.echo(f"serving {name} on {url}"),
+        lambda url: click.echo(f"serving {options.model_name} on {url}"),
     )
 
 
@@ -66,5 +93,6 @@ def import_server() -> None:
 
     from llmopt.errors import ResourceError
 
-    if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
+    needed = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+    if missing := [package for module, package in needed.items() if find_spec(module) is None]:
         raise ResourceError(f"serving needs {' and '.join(missing)}", hint="pip install 'llmopt[serve]'")

@@ -177,19 +177,25 @@ class Answer:
         return self.head.body(choices, chunk=False, usage=self._usage())
 
     async def events(self) -> AsyncGenerator[str, None]:
-        """Server-sent events; an error after the first chunk is an event of its own, and the last one."""
+        """Server-sent events; an error after the first one is an event of its own, and the last one.
+
+        Nothing comes before the first token, so that a request the engine refuses raises its error here.
+        """
         queue: asyncio.Queue[dict[str, Any] | LlmoptError | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(choice, queue)) for choice in self._choices]
-        running = len(tasks)
+        running, begun = len(tasks), False
         try:
             while running:
                 item = await queue.get()
                 if isinstance(item, LlmoptError):
+                    if not begun:
+                        raise item
                     yield _event(error_body(item))
                     return
                 if item is None:
                     running -= 1
                 else:
+                    begun = True
                     yield self._chunk([item])
             if self._request.include_usage:
                 yield _event(self.head.body([], chunk=True, usage=self._usage()))
@@ -200,10 +206,10 @@ class Answer:
     async def _pump(self, choice: Choice, queue: asyncio.Queue[dict[str, Any] | LlmoptError | None]) -> None:
         """Chunks of one choice, then None, or an error."""
         try:
-            if (first := choice.writer.first_chunk()) is not None:
-                queue.put_nowait(first)
             async with aclosing(self._deltas(choice)) as deltas:
                 async for delta in deltas:
+                    if choice.stream.count == 1 and (first := choice.writer.first_chunk()) is not None:
+                        queue.put_nowait(first)
                     if (chunk := choice.writer.chunk(delta)) is not None:
                         queue.put_nowait(chunk)
             queue.put_nowait(None)

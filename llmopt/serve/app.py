@@ -1,36 +1,70 @@
-"""The HTTP API: OpenAI's completions and chat completions, models, health, version."""
+"""The HTTP API: OpenAI's completions and chat completions, models, tokens, health, metrics, version, and the page."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from llmopt import __version__
 from llmopt.errors import ExecutorError, LlmoptError
-from llmopt.serve.answer import Answer, Model
+from llmopt.serve.answer import Answer, Caller, Model
 from llmopt.serve.client import EngineClient
 from llmopt.serve.errors import ApiError
+from llmopt.serve.gate import Gate
+from llmopt.serve.health import Canary, DeepHealth
 from llmopt.serve.http import ClientGone, EventStream, error_response, json_body, unless_gone
+from llmopt.serve.logs import Log
+from llmopt.serve.metrics import ServerMetrics
 from llmopt.serve.page import add_page
 from llmopt.serve.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
+from llmopt.serve.security import ApiKeys
+from llmopt.serve.tokens import detokenize, tokenize
 
 CLIENT_CLOSED_REQUEST = 499
 
 
-def build_app(model: Model, client: EngineClient) -> FastAPI:
+@dataclass(frozen=True)
+class Access:
+    """Who may ask, from where, and where it is written down. ``origins``: pages of other sites that may (CORS)."""
+
+    keys: ApiKeys = field(default_factory=lambda: ApiKeys({}))
+    origins: tuple[str, ...] = ()
+    log: Log = field(default_factory=lambda: Log(enabled=False))
+
+
+def build_app(model: Model, client: EngineClient, access: Access, canary: Canary) -> ASGIApp:
     """The application over one model and the engine process that runs it."""
     app = FastAPI(title="llmopt", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    metrics = ServerMetrics(lambda: client.stats, lambda: client.alive)
+    _add_generation(app, model, client, metrics)
+    _add_models(app, model)
+    _add_tokens(app, model)
+    _add_operations(app, client, metrics, DeepHealth(client, canary))
+    add_page(app)
+    _add_error_handlers(app)
+    gate: ASGIApp = Gate(app, access.keys, metrics, access.log)
+    if not access.origins:
+        return gate
+    origins, headers = list(access.origins), ["authorization", "content-type", "x-request-id"]
+    return CORSMiddleware(gate, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
 
+
+def _add_generation(app: FastAPI, model: Model, client: EngineClient, metrics: ServerMetrics) -> None:
     async def answer(request: Request, kind: type[GenerationRequest]) -> Response:
-        parsed = parse_request(kind, await json_body(request))
+        parsed = parse_request(kind, await json_body(request, model.limits.body_bytes))
         if client.failure is not None:
             raise client.failure
+        caller = Caller(getattr(request.state, "tenant", ""), request.state.request_id)
         # Tokenizing a long prompt takes a while: other requests go on meanwhile.
-        found = await asyncio.to_thread(Answer, parsed, model, client)
+        found = await asyncio.to_thread(Answer, parsed, model, client, caller, metrics)
+        request.state.answer = found
         if parsed.stream:
             return EventStream(found.events())
         return JSONResponse(await unless_gone(request.receive, found.whole()))
@@ -43,6 +77,8 @@ def build_app(model: Model, client: EngineClient) -> FastAPI:
     async def chat_completions(request: Request) -> Response:
         return await answer(request, ChatRequest)
 
+
+def _add_models(app: FastAPI, model: Model) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model_card(model)]}
@@ -53,6 +89,18 @@ def build_app(model: Model, client: EngineClient) -> FastAPI:
             raise ApiError(f"the model {name!r} does not exist", param="model", code="model_not_found", status=404)
         return _model_card(model)
 
+
+def _add_tokens(app: FastAPI, model: Model) -> None:
+    @app.post("/tokenize")
+    async def to_tokens(request: Request) -> dict[str, Any]:
+        return await asyncio.to_thread(tokenize, await json_body(request, model.limits.body_bytes), model)
+
+    @app.post("/detokenize")
+    async def to_text(request: Request) -> dict[str, Any]:
+        return await asyncio.to_thread(detokenize, await json_body(request, model.limits.body_bytes), model)
+
+
+def _add_operations(app: FastAPI, client: EngineClient, metrics: ServerMetrics, deep: DeepHealth) -> None:
     @app.get("/health")
     async def health() -> Response:
         if client.alive:
@@ -60,13 +108,17 @@ def build_app(model: Model, client: EngineClient) -> FastAPI:
         error = client.failure or ExecutorError("the engine is not running")
         return JSONResponse({"status": "dead", "error": str(error)}, 503)
 
+    @app.get("/health/deep")
+    async def deep_health() -> dict[str, Any]:
+        return await deep.check()
+
+    @app.get("/metrics")
+    async def exposition() -> Response:
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": __version__}
-
-    add_page(app)
-    _add_error_handlers(app)
-    return app
 
 
 def _add_error_handlers(app: FastAPI) -> None:

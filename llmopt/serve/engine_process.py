@@ -13,13 +13,16 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
 from llmopt.errors import LlmoptError, RequestError, ResourceError
 from llmopt.runtime.core import EngineCore
+from llmopt.runtime.fairness import QueueOptions
 from llmopt.runtime.grammar import GrammarCompiler
+from llmopt.runtime.options import SchedulerOptions
+from llmopt.runtime.swap import SwapOptions
 from llmopt.serve.stats import engine_stats
 from llmopt.serve.wire import (
     VERSION,
@@ -43,11 +46,12 @@ INTERNAL = 70
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the engine process loads."""
+    """What the engine process loads, and how it schedules."""
 
     artifact: str
     weights: str | None
     load: LoadOptions
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
 
     def to_json(self) -> str:
         """For the command line of the process."""
@@ -57,7 +61,10 @@ class EngineOptions:
     def from_json(text: str) -> EngineOptions:
         """Inverse of to_json."""
         raw: dict[str, Any] = json.loads(text)
-        return EngineOptions(raw["artifact"], raw["weights"], LoadOptions(**raw["load"]))
+        how = raw["scheduler"]
+        nested = {"queue": QueueOptions(**how["queue"]), "swap": SwapOptions(**how["swap"])}
+        scheduler = SchedulerOptions(**{**how, **nested})
+        return EngineOptions(raw["artifact"], raw["weights"], LoadOptions(**raw["load"]), scheduler)
 
 
 def load_core(options: EngineOptions) -> EngineCore:
@@ -69,7 +76,7 @@ def load_core(options: EngineOptions) -> EngineCore:
     artifact = Artifact.open(options.artifact, weights=options.weights, defer=True)
     executor, ends = load_executor(artifact, options.load), artifact.manifest.eos_token_ids
     grammars = GrammarCompiler(load_tokenizer(artifact), executor.limits.vocab_size, ends)
-    return EngineCore(executor, ends, grammars)
+    return EngineCore(executor, ends, grammars, options.scheduler)
 
 
 class EngineLoop:

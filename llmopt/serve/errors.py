@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from llmopt.errors import ArtifactError, ExecutorError, LlmoptError, RequestError
+from llmopt.errors import DeadlineError, ExecutorError, LlmoptError, OverloadError, RequestError
 
 
 class ApiError(RequestError):
@@ -24,21 +25,47 @@ class ApiError(RequestError):
 
 
 def status_of(error: LlmoptError) -> int:
-    """HTTP status of an error: the caller's fault is 400, a dead engine 503, anything else 500."""
-    if isinstance(error, ApiError):
-        return error.status
-    if isinstance(error, RequestError):
-        return 400
-    return 503 if isinstance(error, ExecutorError) else 500
+    """HTTP status: 400 for the caller, 429 for a full queue, 504 for a missed deadline, 503 for a dead engine."""
+    match error:
+        case ApiError():
+            return error.status
+        case DeadlineError():
+            return 504
+        case OverloadError():
+            return 429
+        case RequestError():
+            return 400
+        case ExecutorError():
+            return 503
+        case _:
+            return 500
+
+
+KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    501: "server_error",
+    503: "service_unavailable",
+    504: "timeout_error",
+}
+"""The error's type by its status; any other is invalid_request_error."""
+CODES = {429: "rate_limit_exceeded", 503: "engine_unavailable", 504: "deadline_exceeded"}
 
 
 def error_body(error: LlmoptError) -> dict[str, Any]:
     """The JSON body of an error, as OpenAI spells it."""
     status = status_of(error)
-    kind = {503: "service_unavailable", 500: "server_error", 404: "not_found_error"}.get(
-        status, "invalid_request_error"
-    )
-    if isinstance(error, ArtifactError):
-        kind = "server_error"
-    param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
+    kind, code = KINDS.get(status, "invalid_request_error"), CODES.get(status)
+    param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, code)
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+
+
+def error_headers(error: LlmoptError) -> dict[str, str]:
+    """Headers that say what to do: when to ask again, or how to say who asks."""
+    if isinstance(error, OverloadError):
+        return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
+    if isinstance(error, ExecutorError):
+        return {"retry-after": "5"}
+    return {"www-authenticate": "Bearer"} if status_of(error) == 401 else {}

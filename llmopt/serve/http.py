@@ -8,15 +8,15 @@ from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from llmopt.errors import LlmoptError
-from llmopt.serve.errors import ApiError, error_body, status_of
+from llmopt.serve.errors import ApiError, error_body, error_headers, status_of
 
-MAX_BODY = 16 << 20
-"""Bytes of a request body."""
+BODY_SECONDS = 60.0
+"""How long a body may take to arrive."""
 
 T = TypeVar("T")
 
@@ -27,17 +27,23 @@ class ClientGone(Exception):
 
 def error_response(error: LlmoptError) -> JSONResponse:
     """An error as OpenAI clients expect it."""
-    return JSONResponse(error_body(error), status_of(error))
+    return JSONResponse(error_body(error), status_of(error), error_headers(error))
 
 
-async def json_body(request: Request) -> Any:
-    """The decoded body; raises ApiError when it is too large or not JSON."""
+async def json_body(request: Request, limit: int) -> Any:
+    """The decoded body; raises ApiError when it has over ``limit`` bytes, does not arrive in time, or is not JSON."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY:
-            raise ApiError(f"the body is larger than {MAX_BODY} bytes", code="body_too_large", status=413)
-        parts.append(part)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise ApiError(f"the body is larger than {limit} bytes", code="body_too_large", status=413)
+                parts.append(part)
+    except TimeoutError as error:
+        raise ApiError(f"the body took more than {BODY_SECONDS:g} seconds to arrive", status=408) from error
+    except ClientDisconnect as error:
+        raise ClientGone from error
     try:
         return json.loads(b"".join(parts).decode())
     except UnicodeDecodeError as error:
@@ -67,7 +73,10 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events from an async generator, which is closed as soon as the client leaves."""
+    """Server-sent events from an async generator, which is closed as soon as the client leaves.
+
+    An error it raises before its first event is the answer, with its own status.
+    """
 
     media_type = "text/event-stream"
 
@@ -78,14 +87,23 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events as they come."""
 
+        started = False
+
         async def pump() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            nonlocal started
             async with aclosing(self._events) as events:
                 async for event in events:
+                    if not started:
+                        started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
             await unless_gone(receive, pump())
+        except LlmoptError as error:
+            if started:
+                raise
+            await error_response(error)(scope, receive, send)
         except (ClientGone, OSError):
             return  # nobody is left to tell

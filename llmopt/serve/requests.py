@@ -189,6 +189,7 @@ class ChatRequest(GenerationRequest):
 
 
 R = TypeVar("R", bound=GenerationRequest)
+S = TypeVar("S", bound=Strict)
 
 
 def parse_request(model: type[R], body: Any) -> R:
@@ -201,12 +202,17 @@ def parse_request(model: type[R], body: Any) -> R:
             kept[name] = value
         elif name not in IGNORED:
             _refuse(name, value, model)
-    try:
-        request = model.model_validate(kept)
-    except ValidationError as error:
-        raise _translate(error) from error
+    request = parse_strictly(model, kept)
     _check_consistent(request)
     return request
+
+
+def parse_strictly(model: type[S], body: Any) -> S:
+    """A body of any shape; raises ApiError naming the first field that is wrong."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise _translate(error) from error
 
 
 def _refuse(name: str, value: Any, model: type[GenerationRequest]) -> None:
@@ -223,8 +229,10 @@ def _refuse(name: str, value: Any, model: type[GenerationRequest]) -> None:
 def _translate(error: ValidationError) -> ApiError:
     """The first problem of a pydantic error, in one line. A union reports each of its types: they are joined."""
     first, *rest = error.errors()
-    same = [first, *(e for e in rest if e["loc"][0] == first["loc"][0])]
+    same = [first, *(e for e in rest if e["loc"][:1] == first["loc"][:1])]
     path = [str(steps[0]) for steps in zip(*(e["loc"] for e in same)) if len(set(steps)) == 1]
+    if not path:
+        return ApiError("the body must be a JSON object")
     field, where = path[0], ".".join(path)
     if first["type"] == "missing":
         return ApiError(f"{where} is required", param=field, code="missing_required_parameter")

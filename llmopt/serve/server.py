@@ -10,18 +10,26 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import uvicorn
 
 from llmopt.errors import LlmoptError, ResourceError
 from llmopt.runtime.chat import ChatTemplate
+from llmopt.runtime.grammar import GrammarCompiler
 from llmopt.runtime.tokenizer import Tokenizer
 from llmopt.serve.answer import Model
-from llmopt.serve.app import build_app
+from llmopt.serve.app import Access, build_app
 from llmopt.serve.client import EngineClient
 from llmopt.serve.engine_process import EngineOptions
+from llmopt.serve.health import Canary
+from llmopt.serve.limits import Limits
+from llmopt.serve.tools import ToolFormat
+from llmopt.serve.wire import Ready
+
+if TYPE_CHECKING:
+    from llmopt.artifact.manifest import Golden
 
 EngineCommand: TypeAlias = Callable[[int], Sequence[str]]
 """The command line of the engine process, given the number of its socket's descriptor."""
@@ -34,12 +42,23 @@ DEAD_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where to listen, under which name, and how long a shutdown waits for running requests (seconds)."""
+    """Where to listen, for whom, and what is known of the model.
+
+    ``drain_seconds``: how long a shutdown waits for running requests. ``stuck_seconds``: silence of the engine after
+    which it counts as dead. ``form``: the format of tool calls (None: the template's). ``eos_token_ids`` and
+    ``golden``: of the artifact, for grammars and deep health.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     model_name: str = "model"
     drain_seconds: int = 30
+    stuck_seconds: float = 60.0
+    form: ToolFormat | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    golden: tuple[Golden, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -103,14 +122,16 @@ async def _serve(
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    client = EngineClient(command)
+    client, log = EngineClient(command), options.access.log
+    watching: asyncio.Task[None] | None = None
     try:
         connecting = asyncio.create_task(client.connect())
         if not await _first(connecting, stop):
             return
-        model = Model(options.model_name, tokenizer, chat, await connecting, int(time.time()))
+        model = _model(options, tokenizer, chat, await connecting)
+        watching = asyncio.create_task(client.watch(min(1.0, options.stuck_seconds / 4), options.stuck_seconds))
         config = uvicorn.Config(
-            build_app(model, client),
+            build_app(model, client, options.access, Canary.of(options.golden, model.engine.context)),
             lifespan="off",
             log_level="warning",
             access_log=False,
@@ -120,16 +141,28 @@ async def _serve(
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         announce(_url(listener))
+        log("serving", url=_url(listener), model=model.name, context=model.engine.context)
         if not await _first(asyncio.create_task(client.died.wait()), stop, serving):
+            log("draining", active_requests=client.active, seconds=options.drain_seconds)
             server.should_exit = True
         else:
+            log("engine died", error=str(client.failure))
             await asyncio.sleep(DEAD_SECONDS)
             server.should_exit = server.force_exit = True
         await serving
         if client.failure is not None:
             raise client.failure
+        log("stopped")
     finally:
+        if watching is not None:
+            watching.cancel()
         await client.close()
+
+
+def _model(options: ServerOptions, tokenizer: Tokenizer, chat: ChatTemplate | None, engine: Ready) -> Model:
+    grammars = GrammarCompiler(tokenizer, engine.vocab_size, options.eos_token_ids)
+    named = (options.model_name, tokenizer, chat, engine, int(time.time()))
+    return Model(*named, form=options.form, grammars=grammars, limits=options.limits)
 
 
 async def _first(wanted: asyncio.Task[object], stop: asyncio.Event, *others: asyncio.Task[object]) -> bool:

@@ -7,6 +7,10 @@ from pathlib import Path
 from llmopt.errors import LlmoptError
 from llmopt.runtime.chat import ChatTemplate
 from llmopt.runtime.tokenizer import Tokenizer
+from llmopt.serve.app import Access
+from llmopt.serve.limits import Limits
+from llmopt.serve.logs import Log
+from llmopt.serve.security import ApiKeys
 from llmopt.serve.server import ServerOptions, serve
 
 if __name__ == "__main__":
@@ -17,7 +21,10 @@ if __name__ == "__main__":
     def command(descriptor):
         return [sys.executable, "-m", "tests.serve.fake_engine", str(descriptor), json.dumps(engine)]
 
-    options = ServerOptions(**{"port": 0, "model_name": "fake", **server})
+    keys, origins = ApiKeys(server.pop("keys", {})), tuple(server.pop("origins", ()))
+    access = Access(keys, origins, Log(server.pop("log", False)))
+    limits = Limits(**server.pop("limits", {}))
+    options = ServerOptions(**{"port": 0, "model_name": "fake", "limits": limits, "access": access, **server})
     try:
         serve(options, command, tokenizer, chat, lambda url: print(url, flush=True))
     except LlmoptError as error:

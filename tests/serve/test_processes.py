@@ -78,7 +78,7 @@ def test_a_failing_executor_is_reported_with_its_reason(start):
         "message": "the device is gone",
         "type": "service_unavailable",
         "param": None,
-        "code": None,
+        "code": "engine_unavailable",
     }
     assert server.wait() == (12, "error: the device is gone\n")
 
