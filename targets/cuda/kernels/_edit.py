@@ -34,7 +34,7 @@ def summary(x, v, inverse, V: tl.constexpr):
     """Largest entry, the lowest id that has it, and the weight of all entries, exp((x - largest) · inverse)."""
     peak = tl.max(x)
     base = tl.where(peak > float("-inf"), peak, 0.0)
-    return peak, tl.min(tl.where(x == peak, v, V)), tl.sum(tl.exp((x - base) * inverse).to(tl.float64))
+    return peak, tl.min(tl.where(x == peak, v, V)), tl.sum(tl.exp((x - base) * inverse)).to(tl.float64)
 
 
 @triton.jit
@@ -61,10 +61,11 @@ def edit(
         value = tl.load(logits + row * V + v, mask=inside, other=float("-inf")).to(tl.float32)
         value = tl.where(value == value, value + 0.0, float("inf"))  # -0.0 becomes 0.0: they are equal
         cell = row * PARTS + part
-        peak, place, weight = summary(value, v, 1.0, V)
-        tl.store(raw_peaks + cell, peak)
-        tl.store(raw_places + cell, place)
-        tl.store(raw_weights + cell, weight)
+        tl.store(raw_peaks + cell, tl.max(value))
+        if tl.load(record + LOGPROBS) >= 0:
+            peak, place, weight = summary(value, v, 1.0, V)
+            tl.store(raw_places + cell, place)
+            tl.store(raw_weights + cell, weight)
         if counted(record):
             seen = tl.load(history + slot * V + v, mask=inside, other=0).to(tl.int32)
             times = (seen >> 1).to(tl.float32)

@@ -5,8 +5,9 @@ what top-k left, min-p; ties go to the lowest id; the draw inverts the cumulativ
 randomness is Philox by (seed, position), so that a draw depends on nothing else. Weights are fp32 exponentials
 (relative error about 1e-6), sums fp64: a draw whose number falls that close to a boundary may differ from the host's.
 
-Op (not of the IR: the executor's sampling graph): ``llmopt.sample``. Five launches: edit, count what lies above some
-cuts, copy out what may be kept, draw, report log-probabilities; rows that don't need one leave it at once.
+Op (not of the IR: the executor's sampling graph): ``llmopt.sample``. Six launches: edit, count what lies above some
+levels, and again between two of them, copy out what may be kept, draw, report log-probabilities; rows that don't need
+one leave it at once.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import triton.language as tl
 from ..kernel import CallSite, Scratch, Selection
 from ._common import cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2
 from ._edit import INVERSE, LOGPROBS, MIN_P, RECORD, SEED, TEMPERATURE, TOP_K, TOP_P, counted, edit, number
-from ._sift import CUTS, census, filtered, row_weight, sift, wide
+from ._sift import LEVELS, census, filtered, refine, row_weight, sift, wide
 
 STRETCH = 2048
 """Vocabulary entries a program: 63 programs a row at 128k, enough loads in flight for one row."""
+
+CHUNK = 8192
+"""Vocabulary entries a program that counts: 16 programs a row at 128k, so that rows that don't count end quickly."""
 
 LIST = 4096
 """Entries that may be kept before the draw reads the whole row instead."""
@@ -66,7 +70,7 @@ def reach(low, steps):
 @triton.jit
 def heavier(x, n, top, inverse, low, step, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """How many of n entries (COUNT), or what weight, lie at or above the keys low + step, + 2 step, + 3 step."""
-    kind: tl.constexpr = tl.int32 if COUNT else tl.float64
+    kind: tl.constexpr = tl.int32 if COUNT else tl.float32
     a, b, c = tl.zeros((BLOCK,), kind), tl.zeros((BLOCK,), kind), tl.zeros((BLOCK,), kind)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -76,14 +80,14 @@ def heavier(x, n, top, inverse, low, step, BLOCK: tl.constexpr, COUNT: tl.conste
         a += tl.where(key >= reach(low, step), w, 0).to(kind)
         b += tl.where(key >= reach(low, 2 * step), w, 0).to(kind)
         c += tl.where(key >= reach(low, 3 * step), w, 0).to(kind)
-    return tl.sum(a).to(tl.float64), tl.sum(b).to(tl.float64), tl.sum(c).to(tl.float64)
+    return tl.sum(a.to(tl.float64)), tl.sum(b.to(tl.float64)), tl.sum(c.to(tl.float64))
 
 
 @triton.jit
-def threshold(x, n, top, inverse, low, wanted, BLOCK: tl.constexpr, COUNT: tl.constexpr):
-    """The largest key at or above which lies at least ``wanted`` count or weight, at least ``low``; and how much lies
-    strictly above it. Each pass over x (n,) settles two bits of the key."""
-    span = ordered(top).to(tl.int64) - low + 1
+def threshold(x, n, top, inverse, low, high, wanted, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """The largest key at or above which lies at least ``wanted`` count or weight, at least ``low`` and at most that of
+    ``high``; and how much lies strictly above it. Each pass over x (n,) settles two bits of the key."""
+    span = tl.maximum(ordered(high).to(tl.int64) - low + 1, 2)
     step = tl.full((), 1, tl.int64) << 30
     beyond = tl.full((), 0.0, tl.float64)
     while step > 0:
@@ -136,18 +140,20 @@ def kept_weight(x, n, top, inverse, min_p, low, ties, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def narrow_down(x, n, top, inverse, low, total, top_k, top_p, V: tl.constexpr, BLOCK: tl.constexpr):
-    """What top-k and top-p keep of x (n,), whose keys are at least ``low``: keys above ``low``, and the first ``ties``
-    at it. ``total``: weight of the whole row, of which top-p is a share unless top-k is on."""
+def narrow_down(x, n, top, inverse, low, high, total, top_k, top_p, V: tl.constexpr, BLOCK: tl.constexpr):
+    """What top-k and top-p keep of x (n,): keys above the ``low`` returned, and the first ``ties`` at it. The first of
+    the two that is on reaches down to a key between ``low`` and that of ``high``. ``total``: weight of the whole row,
+    of which top-p is a share unless top-k is on."""
     ties = tl.full((), V, tl.int64)
     if (top_k > 0) & (top_k < V):
-        low, above = threshold(x, n, top, inverse, low, top_k.to(tl.float64), BLOCK, True)
+        low, above = threshold(x, n, top, inverse, low, high, top_k.to(tl.float64), BLOCK, True)
         ties = top_k.to(tl.int64) - above.to(tl.int64)
+        high = top
         if top_p < 1:
             total = kept_weight(x, n, top, inverse, 0.0, low, ties, BLOCK)
     if top_p < 1:
         wanted = top_p * total
-        more, above = threshold(x, n, top, inverse, low, wanted, BLOCK, False)
+        more, above = threshold(x, n, top, inverse, low, high, wanted, BLOCK, False)
         if more > low:
             ties = tl.full((), V, tl.int64)
         above = tl.minimum(above, wanted)
@@ -178,7 +184,7 @@ def pick(x, n, top, inverse, min_p, low, ties, goal, BLOCK: tl.constexpr):
 
 @triton.jit
 def draw(
-    x, slots, records, positions, peaks, places, weights, raw_peaks, ids, found, history, last, out,
+    x, slots, records, positions, peaks, places, weights, raw_peaks, ids, found, bounds, history, last, out,
     V: tl.constexpr, PITCH: tl.constexpr, LIST: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
     STRETCH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +211,7 @@ def draw(
                 if number(record + TEMPERATURE) > 0:
                     shares = row_weight(peaks, weights, row, top, number(record + INVERSE), PARTS, PP)
                     token = draw_row(x + row * PITCH, shares, top, record, tl.load(positions + row), ids + row * LIST,
-                                     found + row, V, PP, STRETCH, BLOCK)  # fmt: skip
+                                     found + row, bounds + 2 * row, V, PP, STRETCH, BLOCK)  # fmt: skip
                 tl.store(last + slot, token)
                 if counted(record):
                     seen = tl.load(history + slot * V + token)
@@ -215,7 +221,7 @@ def draw(
 
 @triton.jit
 def draw_row(
-    x, shares, top, record, position, ids, found, V: tl.constexpr, PP: tl.constexpr, STRETCH: tl.constexpr,
+    x, shares, top, record, position, ids, found, bounds, V: tl.constexpr, PP: tl.constexpr, STRETCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token in proportion to its weight. A row that keeps everything looks into one stretch only."""
@@ -228,9 +234,9 @@ def draw_row(
         min_p = number(record + MIN_P)
         if listed >= 0:
             first, n = V, listed
-        low, ties = narrow_down(
-            x + first, n, top, inverse, low, total, tl.load(record + TOP_K), wide(record + TOP_P), V, BLOCK
-        )
+        low = tl.maximum(ordered(tl.load(bounds) + 0.0), low)
+        low, ties = narrow_down(x + first, n, top, inverse, low, tl.load(bounds + 1), total, tl.load(record + TOP_K),
+                                wide(record + TOP_P), V, BLOCK)  # fmt: skip
         goal = uniform * kept_weight(x + first, n, top, inverse, min_p, low, ties, BLOCK)
     else:
         p = tl.arange(0, PP)
@@ -293,26 +299,28 @@ class Sampling:
     ops: tuple[str, ...] = ("llmopt.sample",)
 
     def select(self, site: CallSite) -> Selection | str:
-        """Five launches over dense logits."""
+        """Six launches over dense logits."""
         v: Any = site.values
         logits = v["logits"]
         if not logits.contiguous:
             return "the logits are strided"
         rows, vocabulary = logits.shape[-2:]
-        parts = cdiv(vocabulary, STRETCH)
-        size, pitch, cell = min(STRETCH, pow2(vocabulary)), -(-(vocabulary + LIST) // 4) * 4, rows * parts
+        parts, chunks = cdiv(vocabulary, STRETCH), cdiv(vocabulary, CHUNK)
+        pitch, cell, tallies = -(-(vocabulary + LIST) // 4) * 4, rows * parts, rows * chunks * LEVELS.value
         types = {
             "x": ("*fp32", rows * pitch), "ids": ("*i32", rows * LIST), "found": ("*i32", rows),
             "peaks": ("*fp32", cell), "places": ("*i32", cell), "weights": ("*fp64", cell),
             "raw_peaks": ("*fp32", cell), "raw_places": ("*i32", cell), "raw_weights": ("*fp64", cell),
-            "levels": ("*fp32", rows * CUTS.value), "counts": ("*i32", cell * CUTS.value),
-            "masses": ("*fp64", cell * CUTS.value),
+            "bounds": ("*fp32", 2 * rows), "levels": ("*fp32", rows * LEVELS.value), "counts": ("*i32", tallies),
+            "masses": ("*fp64", tallies), "fine_levels": ("*fp32", rows * LEVELS.value),
+            "fine_counts": ("*i32", tallies), "fine_masses": ("*fp64", tallies),
         }  # fmt: skip
         scratch = {n: Scratch(n, (8 if kind == "*fp64" else 4) * count) for n, (kind, count) in types.items()}
         tensors = {**scratch, **v, "tokens": v["out"], "reports": site.outputs[0]}
         constants = {
             "V": vocabulary, "PITCH": pitch, "WORDS": v["masks"].shape[1], "WIDTH": v["bias_ids"].shape[1],
-            "PARTS": parts, "PP": pow2(parts), "STRETCH": size, "LIST": LIST, "BLOCK": min(LIST, pow2(pitch)),
+            "PARTS": parts, "PP": pow2(parts), "STRETCH": STRETCH, "LIST": LIST, "BLOCK": LIST,
+            "CHUNKS": chunks, "CP": pow2(chunks), "CHUNK": CHUNK, "LANES": 256,
             "MOST": (site.outputs[0].shape[1] - 1) // 2,
         }  # fmt: skip
 
@@ -321,14 +329,14 @@ class Sampling:
             mine = {name: tensors[name] for name in names if name in tensors}
             own = {name: constants[name] for name in names if name in constants}
             kinds = {name: kind for name, (kind, _) in types.items()}
-            grid = (rows, per_row) if per_row > 1 else (rows,)
-            return launch(site.arch, function, grid, mine, own, warps=warps, moved=moved, scratch=kinds)
+            return launch(site.arch, function, (rows, per_row), mine, own, warps=warps, moved=moved, scratch=kinds)
 
         launches = (
             made(edit, parts, 4, nbytes(logits) + 4 * rows * vocabulary),
-            made(census, parts, 4),
-            made(sift, parts, 4),
-            made(draw, 1, 8),
+            made(census, chunks, 8),
+            made(refine, chunks, 8),
+            made(sift, chunks, 8),
+            made(draw, 1, 16),
             made(report, 1, 4),
         )
         reason = "edited in one pass, drawn from what the filters can keep"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,14 +13,13 @@ from llmopt.launch import LaunchPlan
 from llmopt.program import Program
 from llmopt.runtime.executors.cuda.backend import Backend, Draw, Result, Tail
 from llmopt.runtime.executors.cuda.drawing import is_greedy, place_rows, reported
-from llmopt.runtime.executors.cuda.steps import Buckets, Part, drawing_inputs, padded_inputs
+from llmopt.runtime.executors.cuda.steps import Buckets, Drawing, Part, drawing, drawing_inputs, padded_inputs
 from llmopt.runtime.protocol import (
     Admission,
     ExecutorLimits,
     FloatArray,
     IntArray,
     Sampled,
-    SamplingParams,
     StateOp,
     StepBatch,
     StepOutput,
@@ -33,21 +33,24 @@ NOT_FINITE, NONE_ALLOWED = -1, -2
 
 @dataclass
 class _Sequence:
-    """A sequence on the device: its place, its parameters, its last token while the host alone has it."""
+    """A sequence on the device: its place, whether it takes nothing but largest logits, how many alternatives it
+    reports (None: no report), its last token while the host alone has it."""
 
     place: int
-    params: SamplingParams
+    greedy: bool
+    reports: int | None
     last: int | None
 
 
 @dataclass
 class _Run:
-    """A part on its way: its handle, the logits rows of each of its rows, and what each drawing row reports."""
+    """A part on its way: its handle, the logits rows of each of its rows, what it draws, and who reports how many
+    alternatives."""
 
     handle: int
     part: Part
     wanted: list[IntArray]
-    fetched: IntArray
+    drawing: Drawing
     reports: dict[int, int]
 
 
@@ -94,8 +97,7 @@ class CudaExecutor:
                 self._admit(admission)
             for op in batch.ops:
                 self._state_op(op)
-            rows = batch.all_rows(self.state_plan)
-            for part in self.buckets.parts(rows) if rows else ():
+            for part in self._parts(batch):
                 step.runs.append(self._start(part, batch))
         except ExecutorError as error:
             self.dead = error
@@ -144,37 +146,46 @@ class CudaExecutor:
             raise RequestError(f"more than {len(self.sequences)} sequences at once")
         place = known.place if known else self.free.pop()
         last = admission.output if len(admission.output) else admission.prompt
-        self.sequences[admission.seq_id] = _Sequence(place, admission.sampling, int(last[-1]))
-        plain = is_greedy(admission.sampling)
-        if not (plain and place in self.plain):
+        greedy = is_greedy(admission.sampling)
+        self.sequences[admission.seq_id] = _Sequence(place, greedy, admission.sampling.logprobs, int(last[-1]))
+        if not (greedy and place in self.plain):
             self.backend.keep(place, rows)
-        (self.plain.add if plain else self.plain.discard)(place)
+        (self.plain.add if greedy else self.plain.discard)(place)
+
+    def _parts(self, batch: StepBatch) -> Iterable[Part]:
+        """The step's rows by bucket; plain decode rows stay arrays when nothing else is in the step."""
+        if batch.decode is not None and not batch.rows:
+            return self.buckets.decode_parts(batch.decode)
+        rows = batch.all_rows(self.state_plan)
+        return self.buckets.parts(rows) if rows else ()
 
     def _start(self, part: Part, batch: StepBatch) -> _Run:
         """Enqueue a part's forward pass, then, with its masks, what follows."""
         bucket = self.plan.buckets[part.bucket]
         inputs, wanted = padded_inputs(part, bucket, self.state_plan, self._last)
-        drawing = [(row, index[-1]) for row, index in zip(part.rows, wanted) if row.sample]
-        masked = [row.seq_id for row, _ in drawing if row.seq_id in batch.masks]
-        places = {row.seq_id: self.sequences[row.seq_id].place for row, _ in drawing}
-        inputs |= drawing_inputs(drawing, places, masked, bucket.dims["M"])
-        handle = self.backend.forward(part.bucket, inputs)
-        params = {row.seq_id: self.sequences[row.seq_id].params for row, _ in drawing}
-        reports = {seq_id: p.logprobs for seq_id, p in params.items() if p.logprobs is not None}
+        drawn = drawing(part, wanted)
+        sequences = [self.sequences[seq_id] for seq_id in drawn.seq_ids]
+        masked = [seq_id for seq_id in drawn.seq_ids if seq_id in batch.masks] if batch.masks else []
+        places = np.array([sequence.place for sequence in sequences], np.int64)
+        handle = self.backend.forward(part.bucket, inputs | drawing_inputs(drawn, places, masked, bucket.dims["M"]))
+        reports = {i: s.reports for i, s in zip(drawn.seq_ids, sequences) if s.reports is not None}
         asked = [index for row, index in zip(part.rows, wanted) if row.logits != "none"]
-        fetched = np.concatenate([np.zeros(0, np.int64), *asked])
-        words = -(-self.vocabulary // 32)
-        masks = np.zeros((len(masked), words), np.uint32)
+        draw: Draw = "full"
+        if not masked and all(sequence.greedy for sequence in sequences):
+            draw = "greedy" if sequences else "nothing"
+        logits = np.concatenate([np.zeros(0, np.int64), *asked])
+        self.backend.finish(handle, Tail(draw, self._masks(batch, masked), bool(reports), logits))
+        for sequence in sequences:
+            sequence.last = None
+        return _Run(handle, part, wanted, drawn, reports)
+
+    def _masks(self, batch: StepBatch, masked: list[int]) -> npt.NDArray[np.uint32]:
+        """Masks (n, ceil(V/32)) of sequences; reading one may wait for it."""
+        masks = np.zeros((len(masked), -(-self.vocabulary // 32)), np.uint32)
         for target, seq_id in zip(masks, masked):
             mask = batch.masks[seq_id]
             target[: len(mask)] = mask
-        draw: Draw = "full"
-        if not masked and all(is_greedy(p) for p in params.values()):
-            draw = "greedy" if drawing else "nothing"
-        self.backend.finish(handle, Tail(draw, masks, bool(reports), fetched))
-        for row, _ in drawing:
-            self.sequences[row.seq_id].last = None
-        return _Run(handle, part, wanted, fetched, reports)
+        return masks
 
     def _last(self, seq_id: int) -> int:
         """A sequence's last token; below zero the place where the device keeps it."""
@@ -184,6 +195,7 @@ class CudaExecutor:
     def _finish(self, step: _Step) -> None:
         sampled: dict[int, Sampled] = {}
         asked: dict[int, list[FloatArray]] = {}
+        plain: list[IntArray] = []
         for run in step.runs:
             result = self.backend.result(run.handle)
             at = 0
@@ -191,19 +203,27 @@ class CudaExecutor:
                 if row.logits != "none":
                     asked.setdefault(row.seq_id, []).append(result.logits[at : at + len(index)])
                     at += len(index)
-                if row.sample:
-                    sampled[row.seq_id] = self._drawn(run, result, row.seq_id, int(index[-1]))
-        refused = [seq_id for seq_id, found in sampled.items() if found.token == NONE_ALLOWED]
-        step.refused = refused[0] if refused else None
-        step.output = StepOutput(sampled, {seq_id: np.concatenate(parts) for seq_id, parts in asked.items()})
+            tokens = result.tokens[run.drawing.rows] if run.drawing.seq_ids else np.zeros(0, np.int64)
+            if (tokens == NOT_FINITE).any():
+                raise ExecutorError("the model produced logits that are not finite")
+            for i in np.flatnonzero(tokens == NONE_ALLOWED).tolist():
+                step.refused = run.drawing.seq_ids[i]
+            if run.part.decode is None:
+                sampled |= {i: Sampled(token) for i, token in zip(run.drawing.seq_ids, tokens.tolist())}
+            else:
+                plain.append(tokens)
+            if run.reports:
+                sampled |= self._reported(run, result)
+        logits = {seq_id: np.concatenate(parts) for seq_id, parts in asked.items()}
+        step.output = StepOutput(sampled, logits, np.concatenate(plain) if plain else None)
 
-    def _drawn(self, run: _Run, result: Result, seq_id: int, index: int) -> Sampled:
-        token = int(result.tokens[index])
-        if token == NOT_FINITE:
-            raise ExecutorError("the model produced logits that are not finite")
-        if token < 0 or seq_id not in run.reports:
-            return Sampled(token)
-        return reported(token, result.reports[index], run.reports[seq_id], self.vocabulary)
+    def _reported(self, run: _Run, result: Result) -> dict[int, Sampled]:
+        """Tokens with log-probabilities, of the sequences that ask."""
+        return {
+            seq_id: reported(int(result.tokens[row]), result.reports[row], run.reports[seq_id], self.vocabulary)
+            for seq_id, row in zip(run.drawing.seq_ids, run.drawing.rows.tolist())
+            if seq_id in run.reports
+        }
 
     def _state_op(self, op: StateOp) -> None:
         group = next((g for g in self.state_plan.groups if g.name == op.group), None)

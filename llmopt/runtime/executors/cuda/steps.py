@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from llmopt.errors import ExecutorError
 from llmopt.launch import Bucket, LaunchPlan
 from llmopt.program import StatePlan
-from llmopt.runtime.protocol import IntArray, SeqStep, StepBatch
+from llmopt.runtime.protocol import DecodeRows, IntArray, SeqStep, StepBatch
 from llmopt.runtime.ragged import ragged_inputs
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -20,10 +20,20 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that go through the device together: the bucket's index and the rows."""
+    """Rows that go through the device together: the bucket's index and the rows, explicit ones or plain decode rows."""
 
     bucket: int
-    rows: tuple[SeqStep, ...]
+    rows: tuple[SeqStep, ...] = ()
+    decode: DecodeRows | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The rows of a part that draw: sequences, their row of logits (n,), the position of the token (n,)."""
+
+    seq_ids: list[int]
+    rows: IntArray
+    positions: IntArray
 
 
 class Buckets:
@@ -45,6 +55,14 @@ class Buckets:
             if dims["T"] >= rows and dims["N"] >= sequences:
                 return index
         raise ExecutorError(f"no {function} bucket holds {rows} rows of {sequences} sequences")
+
+    def decode_parts(self, decode: DecodeRows) -> Iterator[Part]:
+        """Cut plain decode rows so that each part fits a bucket."""
+        for at in range(0, len(decode), self.max_decode):
+            some = slice(at, at + self.max_decode)
+            blocks = {name: table[some] for name, table in decode.blocks.items()}
+            part = DecodeRows(decode.seq_ids[some], decode.starts[some], decode.rope_lens[some], blocks)
+            yield Part(self.pick("decode", len(part), len(part)), decode=part)
 
     def parts(self, rows: Sequence[SeqStep]) -> Iterator[Part]:
         """Cut a step so that each part fits a bucket: one row a sequence is decode, everything else extend.
@@ -99,17 +117,24 @@ def logits_of(row: SeqStep) -> int:
     return row.query_len if row.logits == "all" else int(row.sample or row.logits == "last")
 
 
-def drawing_inputs(
-    drawing: Sequence[tuple[SeqStep, int]], places: Mapping[int, int], masked: Sequence[int], rows: int
-) -> Arrays:
-    """What says which of ``rows`` rows of logits draw: ``drawing`` has sequences and their row of logits, ``masked``
-    the sequences with a mask, in the order of the masks."""
+def drawing(part: Part, wanted: Sequence[IntArray]) -> Drawing:
+    """Which rows of a part draw; ``wanted`` as ``padded_inputs`` gives it."""
+    if part.decode is not None:
+        return Drawing(part.decode.seq_ids.tolist(), np.arange(len(part.decode)), part.decode.starts + 1)
+    found = [(row, index[-1]) for row, index in zip(part.rows, wanted) if row.sample]
+    rows = np.array([index for _, index in found], np.int64)
+    positions = np.array([row.start + row.query_len for row, _ in found], np.int64)
+    return Drawing([row.seq_id for row, _ in found], rows, positions)
+
+
+def drawing_inputs(drawing: Drawing, places: IntArray, masked: Sequence[int], rows: int) -> Arrays:
+    """What says which of ``rows`` rows of logits draw, in which places (n,); ``masked``: the sequences with a mask, in
+    the order of the masks."""
     slots, positions, mask_rows = (np.full(rows, fill, np.int32) for fill in (-1, 0, -1))
-    numbers = {seq_id: i for i, seq_id in enumerate(masked)}
-    for row, index in drawing:
-        slots[index] = places[row.seq_id]
-        positions[index] = row.start + row.query_len
-        mask_rows[index] = numbers.get(row.seq_id, -1)
+    slots[drawing.rows], positions[drawing.rows] = places, drawing.positions
+    if masked:
+        numbers = {seq_id: i for i, seq_id in enumerate(masked)}
+        mask_rows[drawing.rows] = [numbers.get(seq_id, -1) for seq_id in drawing.seq_ids]
     return {"sample_slots": slots, "sample_positions": positions, "mask_rows": mask_rows}
 
 
@@ -122,7 +147,7 @@ def padded_inputs(
     bucket every row gives logits, row i sequence i's. ``last_token``: id of a row's last token, or below zero where
     the device has it.
     """
-    arrays, wanted = ragged_inputs(StepBatch(part.rows), plan, last_token)
+    arrays, wanted = ragged_inputs(StepBatch(part.rows, decode=part.decode), plan, last_token)
     dims = bucket.dims
     if bucket.function == "decode":
         arrays["logit_rows"] = np.arange(dims["M"], dtype=np.int64)

@@ -128,6 +128,14 @@ def test_draws_are_the_hosts(rounded: bool) -> None:
     assert tokens(found.sampled) == expected == found.last.tolist()
 
 
+def test_a_vocabulary_of_several_chunks() -> None:
+    """Steep rows draw from a list that several programs fill, the flat one from the whole row."""
+    params = [PARAMS[name] for name in ("top_k", "top_p", "two", "flat_p")]
+    logits = torch.randn(len(params), 20000, generator=torch.Generator().manual_seed(8)) * 3
+    admissions = admit(params)
+    assert tokens(draw(logits, admissions).sampled) == tokens(host(logits, admissions))
+
+
 def test_another_seed_or_position_draws_another_token() -> None:
     logits, admissions = random_logits(4, 2), admit([OFF] * 4)
     expected = tokens(host(logits, admissions))
