@@ -149,17 +149,18 @@ def output_error(gram: Tensor, weights: list[Tensor], schemes: list[Scheme], sca
 def best_limits(gram: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
     """Limits (N, groups) of |weight| (N, K) that round to the least output error, ``gram`` (K, K) being the inputs'.
 
-    Groups are chosen in turn, first each by itself, then SWEEPS times beside the errors of all others: neighbours
-    that err to opposite sides cancel. On classics-14m that saves 24% of the error, and choosing once 15%.
+    Groups are chosen in turn, SWEEPS times, each beside the errors of all others: neighbours that err to opposite
+    sides cancel. Never worse than no limits. On classics-14m it saves 16 to 31% of the error, choosing each group by
+    itself 9 to 19%.
     """
     size = scheme.block_k
-    limits, change = largest(weight, scheme), torch.zeros_like(weight)
+    limits, change = largest(weight, scheme), rounded(weight, scheme) - weight
     full = limits.clone()
-    for sweep in range(1 + SWEEPS):
+    for _ in range(SWEEPS):
         for index in range(full.shape[1]):
             columns = slice(index * size, (index + 1) * size)
             own, values = gram[columns, columns], weight[:, columns]
-            others = change @ gram[:, columns] - change[:, columns] @ own if sweep else torch.zeros_like(values)
+            others = change @ gram[:, columns] - change[:, columns] @ own
             best = torch.full_like(full[:, index], torch.inf)
             for share in SHARES:
                 limit = full[:, index] * share

@@ -46,7 +46,7 @@ def split(ids: Tensor, held: int) -> Windows:
 
 
 def read_windows(path: Path, tokenizer: Tokenizer, tokens: int, length: int, seed: int = 0) -> Windows:
-    """About ``tokens`` calibration tokens in windows of ``length``, and an eighth as many held out, LEAST windows at least.
+    """About ``tokens`` calibration tokens in windows of ``length``; an eighth as many, and LEAST windows, held out.
 
     The text is cut into pieces of PIECE characters, drawn in an order that ``seed`` fixes until there are enough
     tokens. Raises RequestError for a file that cannot be read, or a text that is too short.

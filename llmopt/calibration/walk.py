@@ -57,8 +57,9 @@ class Walk:
             yield value * self.factors[node] if node in self.factors else value
 
     def rescale(self, node: fx.Node, factor: Tensor) -> None:
-        """Multiply a value that later nodes need, because what made it was rewritten to give so much more."""
-        self.factors[node] = factor
+        """Multiply a value that the stop needs, because what made it was rewritten to give so much more."""
+        if self.current:
+            self.factors[node] = factor
 
     def _run(self, stop: fx.Node, what: str) -> None:
         piece = self._piece(stop)

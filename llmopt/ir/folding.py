@@ -78,7 +78,7 @@ def find_folding(source: fx.Node) -> Folding | None:
 
     Origins: a norm with a weight; a linear; a gated product, through its ungated half; attention, through its values.
     """
-    readers = tuple(source.users)
+    readers = tuple(readers_of(source))
     if not all(n.target is LINEAR and n.args[0] is source and is_weight(n.args[1]) for n in readers):
         return None
     if (edits := norm_edits(source)) is not None:
@@ -127,7 +127,7 @@ def product_edits(node: fx.Node) -> tuple[Edit, ...] | None:
 
 def row_edits(value: fx.Node, user: fx.Node) -> tuple[Edit, ...] | None:
     """Edits that scale every channel of a value that only ``user`` reads and that is rows of one linear's result."""
-    if set(value.users) != {user}:
+    if readers_of(value) != [user]:
         return None
     if value.target is aten.transpose.int or value.target in VIEWS:
         source = value.args[0]
@@ -147,16 +147,17 @@ def row_edits(value: fx.Node, user: fx.Node) -> tuple[Edit, ...] | None:
 
 def linear_edits(value: object, user: fx.Node | None, start: int, stop: int) -> tuple[Edit, ...] | None:
     """Edits of rows of a linear that only ``user`` reads (None: whoever does)."""
-    if (
-        not isinstance(value, fx.Node)
-        or value.target is not LINEAR
-        or (user is not None and set(value.users) != {user})
-    ):
+    if not isinstance(value, fx.Node) or value.target is not LINEAR or (user and readers_of(value) != [user]):
         return None
     given = arguments(value)
     if not is_weight(given[1]) or not (given[2] is None or is_weight(given[2])):
         return None
     return tuple(Edit(value, slot, start, stop) for slot in (1, 2) if given[slot] is not None)
+
+
+def readers_of(value: fx.Node) -> list[fx.Node]:
+    """Calls that use a value's elements: its shape alone does not count."""
+    return [user for user in value.users if user.target is not aten.sym_size.int]
 
 
 def keeps_channels(view: fx.Node, source: fx.Node) -> bool:
@@ -170,7 +171,7 @@ def keeps_channels(view: fx.Node, source: fx.Node) -> bool:
 def through_views(node: fx.Node) -> fx.Node:
     """The attention a value (1, T, H * D) is a view of, else the value itself."""
     source = node.args[0] if node.args else None
-    if node.target not in VIEWS or not isinstance(source, fx.Node) or len(source.users) > 1:
+    if node.target not in VIEWS or not isinstance(source, fx.Node) or len(readers_of(source)) > 1:
         return node
     shape = source.meta["val"].shape
     return source if len(shape) == 4 and shape[2] * shape[3] == node.meta["val"].shape[-1] else node

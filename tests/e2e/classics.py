@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from llmopt.calibration.text import read_windows
 from llmopt.runtime.protocol import IntArray
 
 WINDOW, WINDOWS = 512, 16
@@ -47,7 +48,7 @@ def rounded(weight: Tensor, bits: int, group: int | None, symmetric: bool) -> Te
     rows, columns = weight.shape
     grouped = weight.float().reshape(rows, -1, group or columns)
     if symmetric:
-        scale = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+        scale = grouped.abs().amax(-1, keepdim=True) / 2 ** (bits - 1)
         codes = (grouped / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return (codes * scale).reshape(rows, columns)
     low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
@@ -64,3 +65,9 @@ def round_linears(model: Any, bits: int, group: int | None, symmetric: bool) -> 
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.weight.copy_(rounded(module.weight, bits, group, symmetric))
     return model
+
+
+def calibration_windows(shared: Path, model: str, count: int) -> Tensor:
+    """(count, WINDOW) token ids of the training text."""
+    tokenizer = Tokenizer.from_file(str(shared / "models" / model / "tokenizer.json"))
+    return read_windows(shared / "data" / "classics-train.txt", tokenizer, count * WINDOW, WINDOW).calibration
