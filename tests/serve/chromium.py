@@ -63,12 +63,12 @@ class Browser:
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
 
-    def open(self, url, width=1280, height=860, phone=False, dark=False):
+    def open(self, url, width=1280, height=860, phone=False, dark=False, scale=1.0):
         """A new tab of its own storage, showing ``url``."""
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        return Tab(self, session, url, width, height, phone, dark)
+        return Tab(self, session, url, width, height, phone, dark, scale)
 
     def close(self):
         """End the browser."""
@@ -85,11 +85,10 @@ class Browser:
 class Tab:
     """One page."""
 
-    def __init__(self, browser, session, url, width, height, phone, dark):
+    def __init__(self, browser, session, url, width, height, phone, dark, scale):
         self._browser, self._session = browser, session
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        scale = 2 if phone else 1
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
         )

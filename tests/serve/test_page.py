@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 
 import httpx
 import pytest
@@ -189,3 +190,53 @@ def test_the_scripts_read_metrics(browser, server):
         assert low <= found <= high, share
     # negative control: without the first reading the old values count too
     assert tab.run(script % "m.quantile([], b, 'wait_seconds', 0.5)") > 0.1
+
+
+TILE = "document.querySelectorAll('#tiles dd span')[{}].textContent"
+
+
+@pytest.mark.slow
+def test_the_live_view_follows_the_server(browser, start):
+    server = start({"sleep": 0.05})
+    tab = browser.open(server.url)
+    tab.wait("document.querySelector('#health').dataset.health === 'ok'")
+    tab.wait(f"{TILE.format(0)} === '0'")  # nothing is generated yet
+    tab.type("#prompt", "Go on")
+    tab.press_enter()
+    rate = float(tab.wait(f"{TILE.format(0)} !== '0' && {TILE.format(0)}"))
+    assert 4 < rate < 25  # a step takes 50 ms
+    tab.wait(f"{TILE.format(2)} === '1'")  # running
+    tab.wait(f"parseFloat({TILE.format(4)}) > 0")  # KV blocks in use, percent
+    tab.click("#stop")
+    tab.wait(f"{TILE.format(2)} === '0' && {TILE.format(0)} === '0'")
+    assert "Infinity" not in tab.run("document.querySelector('#tiles').innerText")
+    server.process.kill()
+    tab.wait("document.querySelector('#health').dataset.health === 'bad'")
+
+
+@pytest.mark.slow
+def test_a_key_is_asked_for_where_one_is_wanted(browser, start):
+    tab = browser.open(start(keys={"secret": "team"}).url)
+    tab.wait("!document.querySelector('#key-form').hidden")
+    tab.type("#key", "wrong")
+    tab.click("#key-form button")
+    tab.wait("document.querySelector('#model').textContent.includes('not valid')")
+    tab.wait("!document.querySelector('#key-form').hidden")
+    tab.type("#key", "secret")
+    tab.click("#key-form button")
+    tab.wait("document.querySelector('#model').textContent.startsWith('fake')")
+    tab.type("#prompt", "Hi")
+    tab.press_enter()
+    assert "length" in tab.wait(DONE)
+    assert tab.run("document.querySelector('#key-form').hidden")
+    assert "secret" not in tab.run("document.documentElement.outerHTML")
+
+
+def test_screenshots_in_the_docs(root):
+    """PNG files of the sizes ``tests.serve.screenshots`` takes, shown by the guide."""
+    guide = (root / "docs" / "serving.md").read_text("utf-8")
+    for name, width in (("page-desktop.png", 1280), ("page-phone.png", 585)):
+        data = (root / "docs" / "images" / name).read_bytes()
+        assert len(data) < 150_000
+        assert struct.unpack(">I", data[16:20])[0] == width
+        assert f"images/{name}" in guide
