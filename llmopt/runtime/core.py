@@ -83,7 +83,8 @@ class EngineCore:
         self._requests: dict[int, _Request] = {}
         self.constraints = Constraints(grammars)
         self._failures: list[Failure] = []
-        self._flight: deque[tuple[int, Plan]] = deque()
+        self._flight: deque[tuple[int, Plan, float]] = deque()
+        self._collected = 0.0
         self._pace = Pace(clock)
         self._ids = 0
 
@@ -155,12 +156,14 @@ class EngineCore:
             batch = plan.batch
             if plan.constrained:
                 batch = replace(batch, masks=self.constraints.masks(plan.constrained))
-            self._flight.append((self.executor.submit(batch), plan))
+            self._flight.append((self.executor.submit(batch), plan, self.clock()))
         if not self._flight:
             return []
-        ticket, plan = self._flight.popleft()
+        ticket, plan, submitted = self._flight.popleft()
         done = self.executor.collect(ticket)
+        began, self._collected = max(submitted, self._collected), self.clock()
         if plan.batch.rows:
+            self.scheduler.took(plan, self._collected - began)
             self._score(plan, done)
         return self._take(plan, done)
 

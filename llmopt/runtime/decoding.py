@@ -72,6 +72,11 @@ class Decoding:
         order = self._places()
         return bool((self.starts[order] >= self.known[order]).any())
 
+    def going(self) -> bool:
+        """Whether any of them has tokens left to draw."""
+        order = self._places()
+        return bool((self.starts[order] + 1 < self.stops[order]).any())
+
     def ready(self, room: int) -> IntArray:
         """Places (n,) of those that may take a row now, at most ``room``: in turn, when there are more."""
         order = self._places()

@@ -104,8 +104,9 @@ class StateOp:
     """A state operation done, in order, before the step's rows.
 
     ``copy`` and ``move``: blocks ``source`` of a group to blocks ``target``, on the device. ``swap_out``: blocks
-    ``source``, which stay as they are, to a host buffer named by group and ``key``; ``swap_in``: that buffer, which ends, to blocks ``target``;
-    ``swap_drop``: the buffer ends unused. ``truncate``: blocks ``source`` hold ``length`` tokens from now on.
+    ``source``, which stay as they are, to a host buffer named by group and ``key``; ``swap_in``: that buffer, which
+    ends, to blocks ``target``; ``swap_drop``: the buffer ends unused. ``truncate``: blocks ``source`` hold ``length``
+    tokens from now on.
     """
 
     kind: Literal["copy", "move", "swap_out", "swap_in", "swap_drop", "truncate"]

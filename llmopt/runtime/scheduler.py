@@ -129,7 +129,7 @@ class Scheduler:
             return None
         places = self.decoding.ready(min(self.step_tokens, self.limits.max_sequences))
         room = self.step_tokens - len(places)
-        if len(self.decoding) and self.options.chunk is not None:
+        if self.options.chunk is not None and self.decoding.going():
             room = min(room, self.options.chunk)
         step = StepRows(room, self.limits.max_sequences - len(places))
         decode = self._decode(places)
@@ -175,6 +175,12 @@ class Scheduler:
     def learn(self, drawn: Drawn) -> npt.NDArray[np.bool_]:
         """The tokens of a step are known; False (n,) where the sequence has ended since: its token is an overrun."""
         return self.decoding.learn(drawn)
+
+    def took(self, plan: Plan, seconds: float) -> None:
+        """How long a step with prompt rows took: those that are mostly prompt tell the rate of prefill."""
+        rows = sum(row.query_len for row in plan.batch.rows)
+        if rows > len(plan.drawn.seq_ids):
+            self.swap.observe(rows, seconds)
 
     def _add_rows(self, step: StepRows, sequence: Sequence) -> None:
         """As many of the sequence's missing rows as the step has room for; the last one draws a token."""

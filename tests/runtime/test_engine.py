@@ -2,109 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llmopt.errors import ExecutorError, RequestError
-from llmopt.runtime.core import EngineCore
 from llmopt.runtime.params import GenerationParams
-from llmopt.runtime.protocol import ExecutorLimits, SamplingParams
+from llmopt.runtime.protocol import SamplingParams
 from tests.runtime.fake import FakeExecutor, next_token, oracle, plan_of
-
-VOCAB = 97
-GREEDY = SamplingParams(temperature=0)
-
-
-def make(plan, blocks, *, context=64, sequences=4, step=16, depth=1, switch=None, eos=(), executor=FakeExecutor):
-    """An engine core over a fake executor."""
-    limits = ExecutorLimits(
-        context, sequences, step, {g.name: blocks[i] for i, g in enumerate(plan.groups)}, VOCAB, switch, depth
-    )
-    return EngineCore(executor(plan, limits), eos)
-
-
-def drain(core, results, finished):
-    """Step to the end, or fail."""
-    for _ in range(10_000):
-        if not core.has_work:
-            return
-        for output in core.step():
-            assert output.request_id not in finished, "output after the end"
-            results[output.request_id].append(output.sampled.token)
-            if output.finish_reason:
-                finished[output.request_id] = output.finish_reason
-    raise AssertionError("the engine does not come to an end")
-
-
-def assert_clean(core):
-    """No blocks owned, nothing known to the executor, nothing in flight."""
-    allocator = core.scheduler.allocator
-    assert not allocator.owners()
-    core.scheduler.cache.clear()
-    assert core.scheduler.cache.tree.size == 0
-    assert not core.scheduler.queue
-    assert core.scheduler.swap.used == 0
-    assert not core.executor.swapped
-    assert all(pool.free == pool.total for pool in allocator.pools.values())
-    assert not core.executor.known
-    assert not core.executor.sampler._rows
-    assert core.active == 0
-
-
-REQUESTS = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30),
-        st.integers(1, 30),
-        st.integers(0, 20),  # step before which it is added
-        st.one_of(st.none(), st.integers(0, 25)),  # step before which it is cancelled
-    ),
-    min_size=1,
-    max_size=7,
-)
-KINDS = st.sampled_from([("paged",), ("slots",), ("ring",), ("paged", "ring"), ("paged", "slots", "ring"), ()])
-
-
-@settings(max_examples=250, deadline=None)
-@given(REQUESTS, KINDS, st.integers(16, 40), st.integers(1, 12), st.sampled_from([1, 2]), st.booleans(), st.data())
-def test_mixed_requests_get_what_they_would_get_alone(requests, kinds, blocks, step, depth, longrope, data):
-    plan = plan_of(*kinds)
-    switch = data.draw(st.integers(1, 50)) if longrope else None
-    eos = frozenset(data.draw(st.sets(st.integers(0, VOCAB - 1), max_size=6)))
-    counts = [blocks if g.kind == "paged" else 4 for g in plan.groups]
-    core = make(plan, counts, step=step, depth=depth, switch=switch, eos=eos)
-    results, finished, cancelled, ids = {}, {}, set(), {}
-    for now in range(26):
-        for i, (prompt, count, start, cancel) in enumerate(requests):
-            if start == now:
-                ids[i] = core.add(prompt, GenerationParams(GREEDY, max_tokens=count))
-                results[ids[i]] = []
-            if cancel == now and i in ids:
-                assert core.cancel(ids[i]) == (ids[i] not in finished)
-                cancelled |= {ids[i]} - finished.keys()
-        for output in core.step():
-            assert output.request_id not in finished.keys() | cancelled
-            results[output.request_id].append(output.sampled.token)
-            if output.finish_reason:
-                finished[output.request_id] = output.finish_reason
-    drain(core, results, finished)
-    for i, (prompt, count, _, _) in enumerate(requests):
-        expected = cut(oracle(prompt, min(count, core.context - len(prompt)), plan, VOCAB, switch), eos)
-        got = results[ids[i]]
-        if ids[i] in cancelled:
-            assert got == expected[: len(got)]
-            assert ids[i] not in finished
-        else:
-            assert got == expected
-            assert finished[ids[i]] == ("stop" if expected[-1] in eos else "length")
-    assert_clean(core)
-
-
-def cut(tokens, eos):
-    """Tokens up to and with the first end-of-sequence one."""
-    for i, token in enumerate(tokens):
-        if token in eos:
-            return tokens[: i + 1]
-    return tokens
+from tests.runtime.loads import GREEDY, VOCAB, assert_clean, drain, make, until
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -209,7 +112,7 @@ def test_ignore_eos_and_stop_token_ids():
     i = core.add([1, 2], GenerationParams(GREEDY, 10, stop_token_ids=(stop,), ignore_eos=True))
     results, finished = {i: []}, {}
     drain(core, results, finished)
-    assert results[i] == cut(tokens, {stop})
+    assert results[i] == until(tokens, {stop})
     assert finished == {i: "stop"}
 
 

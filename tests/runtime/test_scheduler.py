@@ -1,0 +1,111 @@
+"""Any load, any layout, any options: every request gets what it would get alone, ends once, and nothing leaks."""
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from llmopt.runtime.fairness import QueueOptions
+from llmopt.runtime.options import SchedulerOptions
+from llmopt.runtime.swap import SwapOptions
+from tests.runtime.fake import oracle, plan_of
+from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy, make, step, until
+
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
+"""Shrinking an engine's run takes minutes; a failing example says enough."""
+KINDS = [("paged",), ("slots",), ("ring",), ("paged", "ring"), ("paged", "slots"), ("paged", "slots", "ring"), ()]
+STEMS = [[7] * 40, [7] * 16 + [8] * 24, list(range(1, 41)), [9, 9, 9]]
+"""Prompts begin with a part of one of these, so that prefixes are shared."""
+
+prompts = st.builds(
+    lambda stem, cut, rest: (STEMS[stem][:cut] + rest)[:40],
+    st.integers(0, len(STEMS) - 1),
+    st.integers(0, 40),
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6),
+)
+requests_of = st.lists(
+    st.fixed_dictionaries(
+        {
+            "prompt": prompts,
+            "count": st.integers(1, 24),
+            "start": st.integers(0, 25),
+            "cancel": st.one_of(st.none(), st.integers(0, 30)),
+            "priority": st.integers(-1, 1),
+            "tenant": st.sampled_from("ab"),
+            "salt": st.sampled_from(["", "", "x"]),
+            "timeout": st.one_of(st.none(), st.none(), st.floats(1, 40)),
+            "repeat": st.integers(1, 3),
+        }
+    ),
+    min_size=1,
+    max_size=7,
+)
+options_of = st.builds(
+    lambda chunk, cache, swap, fast, aging: SchedulerOptions(
+        chunk=chunk,
+        prefix_cache=cache,
+        queue=QueueOptions(aging_seconds=aging),
+        swap=SwapOptions(bytes=swap, bytes_per_second=1e12 if fast else 1.0),
+    ),
+    st.sampled_from([None, 1, 3, 8]),
+    st.sampled_from([True, True, False]),
+    st.sampled_from([0, 100, 1000, 100_000]),
+    st.sampled_from([True, True, False]),
+    st.sampled_from([1.0, 10.0, 1e9]),
+)
+
+
+any_load = given(
+    requests_of, options_of, st.sampled_from(KINDS), st.integers(16, 40), st.integers(1, 24), st.booleans(), st.data()
+)
+
+
+@settings(max_examples=100, deadline=None, phases=PHASES)
+@any_load
+def test_any_load(requests, options, kinds, blocks, tokens, longrope, data):
+    run_load(requests, options, kinds, blocks, tokens, longrope, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, phases=PHASES)
+@any_load
+def test_any_load_at_length(requests, options, kinds, blocks, tokens, longrope, data):
+    run_load(requests, options, kinds, blocks, tokens, longrope, data)
+
+
+def run_load(requests, options, kinds, blocks, tokens, longrope, data):
+    """Add, cancel and step for 31 virtual seconds, then drain; compare with each request alone."""
+    plan = plan_of(*kinds)
+    switch = data.draw(st.integers(1, 50)) if longrope else None
+    eos = frozenset(data.draw(st.sets(st.integers(0, VOCAB - 1), max_size=4)))
+    counts = [blocks if g.kind == "paged" else data.draw(st.integers(2, 6)) for g in plan.groups]
+    core = make(plan, counts, step=tokens, depth=data.draw(st.integers(1, 2)), switch=switch, eos=eos, options=options)
+    results, finished, cancelled, ids = {}, {}, set(), {}
+    for now in range(31):
+        for i, request in enumerate(requests):
+            if request["start"] == now:
+                for copy in range(request["repeat"]):
+                    more = {name: request[name] for name in ("priority", "tenant", "timeout")}
+                    params = greedy(request["count"], cache_salt=request["salt"], **more)
+                    ids[core.add(request["prompt"], params)] = (i, copy)
+            if request["cancel"] == now:
+                for seq_id in [s for s, (which, _) in ids.items() if which == i]:
+                    assert core.cancel(seq_id) == (seq_id not in finished.keys() | cancelled)
+                    cancelled |= {seq_id} - finished.keys()
+        step(core, results, finished)
+        core.clock.advance(1.0)
+        assert_sound(core)
+    drain(core, results, finished, assert_sound)
+    assert finished.keys() | cancelled == set(ids), "a request has no end"
+    assert not finished.keys() & cancelled
+    for seq_id, (which, _) in ids.items():
+        request = requests[which]
+        count = min(request["count"], core.context - len(request["prompt"]))
+        expected = until(oracle(request["prompt"], count, plan, VOCAB, switch), eos)
+        got = results.get(seq_id, [])
+        assert got == expected[: len(got)]
+        if finished.get(seq_id) == "DeadlineError":
+            assert request["timeout"] is not None
+        elif seq_id in finished:
+            assert got == expected
+            assert finished[seq_id] == ("stop" if expected[-1] in eos else "length")
+    assert_clean(core)
