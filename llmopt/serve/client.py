@@ -178,7 +178,9 @@ class EngineClient:
             queue.put_nowait(item)
 
     def _fail(self, error: LlmoptError) -> None:
-        """The engine is dead: every request learns it now."""
+        """The engine is dead: every request learns it now. The first reason is the one that counts."""
+        if self.failure is not None:
+            return
         self.failure = error
         self.died.set()
         for queue in self._queues.values():

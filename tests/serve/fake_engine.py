@@ -1,7 +1,8 @@
 """An engine process over the fake executor: ``fake_engine.py FD OPTIONS`` with OPTIONS as JSON.
 
 ``sleep``: seconds a step takes; ``load_sleep``: seconds loading takes; ``fail_at``: step at which the executor fails;
-``load_error``: message of an ArtifactError raised at load; ``eos``: end-of-sequence ids.
+``queue``: bounds of the queue; ``load_error``: message of an ArtifactError raised at load; ``eos``: ids of
+end-of-sequence tokens.
 """
 
 import json
@@ -12,6 +13,8 @@ import numpy as np
 
 from llmopt.errors import ArtifactError
 from llmopt.runtime.core import EngineCore
+from llmopt.runtime.fairness import QueueOptions
+from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.protocol import ExecutorLimits, StepOutput
 from llmopt.serve.engine_process import run_engine
 from tests.runtime.fake import FakeExecutor, plan_of
@@ -43,7 +46,8 @@ def load(options):
                 done.sampled, {r.seq_id: prompt_logits(r.tokens) for r in batch.rows if r.logits == "all"}
             )
 
-    return EngineCore(Slow(PLAN, limits, options.get("fail_at")), options.get("eos", ()))
+    scheduler = SchedulerOptions(queue=QueueOptions(**options.get("queue", {})))
+    return EngineCore(Slow(PLAN, limits, options.get("fail_at")), options.get("eos", ()), options=scheduler)
 
 
 if __name__ == "__main__":
