@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,8 @@ def plan_build(source: Path, recipe: Recipe, memory: float, bandwidth: float, co
     ``memory`` in bytes, ``bandwidth`` in bytes a second, ``context`` the longest sequence (None: the recipe's, else the
     model's). Captures and runs the recipe on shapes alone. Raises what compiling raises.
     """
-    target = load_target(recipe.target)
-    ctx = pass_context(target, recipe)
     with opened(source) as checkpoint:
-        captured = capture(checkpoint, recipe.torch_dtype, context or recipe.max_context)
-        run_passes(captured, target, recipe, ctx, CompileOptions(), None)
-        program = lower(captured.module)
+        program = shapes_only(checkpoint, recipe, context)
     if not program.states.groups:
         raise ConfigError("the recipe has no KV cache to plan", where=recipe.name, hint="add the pass rewrite_kv_cache")
     weights, activations = packed_bytes(program), activation_bytes(program)
@@ -120,6 +116,21 @@ def plan_build(source: Path, recipe: Recipe, memory: float, bandwidth: float, co
         floor_ms={c: 1e3 * step_bytes(program, 1, c) / bandwidth for c in contexts(program.max_context)},
         fits=tuple(fit(program, c, room, bandwidth) for c in contexts(program.max_context)),
     )
+
+
+def shapes_only(checkpoint: Checkpoint, recipe: Recipe, context: int | None) -> Program:
+    """The program a recipe makes of a checkpoint, of whose tensors only the shapes count."""
+    target = load_target(recipe.target)
+    ctx = replace(pass_context(target, recipe), shapes_only=True)
+    captured = capture(checkpoint, recipe.torch_dtype, context or recipe.max_context)
+    run_passes(captured, target, recipe, ctx, CompileOptions(), None)
+    return lower(captured.module)
+
+
+def shape_program(source: Path, recipe: Recipe, context: int | None = None) -> tuple[Program, str]:
+    """The program of ``source`` (see ``plan_build``) and the model's type. Raises what compiling raises."""
+    with opened(source) as checkpoint:
+        return shapes_only(checkpoint, recipe, context), str(checkpoint.config.get("model_type"))
 
 
 @contextmanager

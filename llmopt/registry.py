@@ -60,6 +60,17 @@ def load_executor_module(name: str) -> ModuleType:
         raise TargetError(f"target {name} has no executor of its own", hint=str(error)) from error
 
 
+def load_tuner(name: str) -> ModuleType:
+    """targets/<name>/tune.py, of a target whose kernels have configurations to measure. Raises TargetError."""
+    _require_target(name)
+    try:
+        return _plugin(f"targets.{name}.tune")
+    except ModuleNotFoundError as error:
+        if not str(error.name).endswith(f"{name}.tune"):
+            raise
+        raise TargetError(f"target {name} has nothing to tune") from error
+
+
 def recipe_path(name: str) -> Path:
     """The file of a built-in recipe. Raises ConfigError for an unknown name."""
     for folder in _folders("recipes"):

@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": ("llmopt.cli.bench:bench", "Measure TTFT, ms a token, throughput and bandwidth."),
     "eval": ("llmopt.cli.eval:evaluate", "Perplexity of an artifact, and KL against a baseline."),
     "inspect": ("llmopt.cli.inspect:inspect", "Show what an artifact holds and how it was built."),
+    "tune": ("llmopt.cli.tune:tune", "Measure kernel configurations for a model's shapes."),
     "make-checkpoint": ("llmopt.cli.make_checkpoint:make_checkpoint", "Write a checkpoint of random weights."),
 }
 """Command name → (where its click command lives, its line in ``llmopt --help``)."""

@@ -19,7 +19,8 @@ from .options import CudaOptions
 from .plan import BucketPlan, dense, place, plan_bucket, view
 from .proven import proven
 from .select import Selector, discover
-from .tuning import load_tuning
+from .tuning import Table
+from .tuning.table import load_table
 
 PLACES = 2
 """Sequence places, times the largest batch: a step may admit as many sequences as it releases."""
@@ -50,8 +51,9 @@ def build(
     Raises TargetError naming the call or kernel at fault.
     """
     kernels = discover() if kernels is None else kernels
-    plans = [plan_arch(program, arch, options, kernels) for arch in options.archs]
     version = compiler_version()
+    tables = {arch: load_table(arch, f"triton {version}", options.tuning) for arch in options.archs}
+    plans = [plan_arch(program, arch, options, kernels, tables[arch].table) for arch in options.archs]
     jobs = {(plan.arch, spec): Job(spec, plan.arch, version) for plan in plans for spec in plan.specializations()}
     compiled = compile_all(jobs.values(), cubins, ctx.progress, options.jobs)
     files: dict[str, bytes] = {}
@@ -60,6 +62,7 @@ def build(
         "cuda": assembler_major(options.archs),
         "archs": list(options.archs),
         "proven": proven(options.archs),
+        "tuning": {f"sm_{arch}": tables[arch].note(f"triton {version}") for arch in options.archs},
         "kernels": {},
         "choices": {},
     }
@@ -78,12 +81,14 @@ def build(
     return TargetFiles(files, {name: weights[name] for name in program.weights}, notes, log)
 
 
-def plan_arch(program: Program, arch: int, options: CudaOptions, kernels: tuple[Kernel, ...]) -> ArchPlan:
+def plan_arch(
+    program: Program, arch: int, options: CudaOptions, kernels: tuple[Kernel, ...], tuning: Table
+) -> ArchPlan:
     """Bucket plans of both functions."""
     select = Selector(kernels)
     plans = []
     for function, dims in buckets(program, options):
-        plans.append(plan_bucket(program, function, dims, arch, select, load_tuning(arch)))
+        plans.append(plan_bucket(program, function, dims, arch, select, tuning))
     return ArchPlan(arch, tuple(plans))
 
 

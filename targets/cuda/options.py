@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from llmopt.errors import ConfigError
@@ -19,7 +20,7 @@ class CudaOptions:
 
     ``archs``: compute capabilities to build for, 90 is sm_90. ``decode_buckets``: batch sizes with a CUDA graph
     each. ``extend_buckets``: rows of a prefill or mixed step. ``extend_sequences``: sequences of one. ``jobs``:
-    compile processes (0: one a core).
+    compile processes (0: one a core). ``tuning``: a table by ``llmopt tune`` instead of the built-in one.
     """
 
     archs: tuple[int, ...] = (90,)
@@ -27,6 +28,7 @@ class CudaOptions:
     extend_buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
     extend_sequences: tuple[int, ...] = (1, 16, 256)
     jobs: int = 0
+    tuning: Path | None = None
 
 
 def parse_options(raw: Mapping[str, Any]) -> CudaOptions:
@@ -37,9 +39,11 @@ def parse_options(raw: Mapping[str, Any]) -> CudaOptions:
             close = get_close_matches(key, known)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown option {key!r} of target cuda", where="target_options", hint=hint)
-    values: dict[str, Any] = {key: counts(key, value) for key, value in raw.items() if key != "jobs"}
+    values: dict[str, Any] = {key: counts(key, value) for key, value in raw.items() if key not in ("jobs", "tuning")}
     if "jobs" in raw:
         values["jobs"] = natural("jobs", raw["jobs"], 0)
+    if "tuning" in raw:
+        values["tuning"] = Path(text("tuning", raw["tuning"]))
     if unknown := [a for a in values.get("archs", ()) if a not in ARCHS]:
         hint = f"one of {', '.join(map(str, ARCHS))}"
         raise ConfigError(f"arch {unknown[0]} is not supported", where="target_options.archs", hint=hint)
@@ -53,6 +57,13 @@ def counts(key: str, value: Any) -> tuple[int, ...]:
     return tuple(sorted({natural(key, item, 1) for item in value}))
 
 
+def text(key: str, value: Any) -> str:
+    """A string that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"expected a file name, found {value!r}", where=f"target_options.{key}")
+    return value
+
+
 def natural(key: str, value: Any, least: int) -> int:
     """An integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -64,4 +75,4 @@ def clamp(options: CudaOptions, program: Program) -> CudaOptions:
     """Buckets the program can fill: no more rows than it allows (the first bucket that covers them is kept)."""
     _, rows = program.dims["T"]
     extend = [r for i, r in enumerate(options.extend_buckets) if i == 0 or options.extend_buckets[i - 1] < rows]
-    return CudaOptions(options.archs, options.decode_buckets, tuple(extend), options.extend_sequences, options.jobs)
+    return replace(options, extend_buckets=tuple(extend))

@@ -82,6 +82,11 @@ class Selector:
     kernels: tuple[Kernel, ...]
     memo: dict[Any, tuple[tuple[str, ...], Choice]] = field(default_factory=dict)
 
+    @property
+    def ops(self) -> frozenset[str]:
+        """Every op that some kernel serves."""
+        return frozenset(op for kernel in self.kernels for op in kernel.ops)
+
     def __call__(self, site: CallSite) -> Choice:
         """The choice for a call, in terms of its own buffers."""
         tensors = [*strided(site.values).values(), *site.outputs]
@@ -111,7 +116,7 @@ def renamed(launch: KernelLaunch, names: Mapping[str, str]) -> KernelLaunch:
 
     def rename(arg: Any) -> Any:
         if isinstance(arg, Strided):
-            return replace(arg, buffer=names[arg.buffer])
+            return replace(arg, buffer=names.get(arg.buffer, arg.buffer))
         if isinstance(arg, TmaOperand):
             return replace(arg, value=rename(arg.value))
         return arg

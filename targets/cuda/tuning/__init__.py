@@ -1,28 +1,29 @@
-"""Measured kernel configurations: one table an architecture, made by benchmarks/kernels.py and kept here."""
+"""Measured kernel configurations, made by ``llmopt tune``: one table an architecture, kept in this folder.
+
+A table is ``{"arch": 90, "compilers": {"triton 3.9.0": {kernel: {key: config}}}}``. A key of a linear is
+``"bfloat16 MxNxK"``, with ``" gated"`` after it where a gated activation is joined; ``us`` in a configuration is its
+measured time.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-Table = Mapping[str, Mapping[str, Any]]
+Table = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Configurations by kernel, then by key, of one compiler."""
 
 REACH = 2.0
 """How far, in powers of two over both extents of a weight, a measured shape lends its configuration to another."""
 
 
-@cache
-def load_tuning(arch: int) -> Table:
-    """Configurations by kernel, then by key ("bfloat16 MxNxK" for linears); empty for an arch nobody measured."""
-    path = Path(__file__).parent / f"sm_{arch}.json"
-    if not path.exists():
-        return {}
-    table: Table = json.loads(path.read_text("utf-8"))["kernels"]
-    return table
+class Tuned(NamedTuple):
+    """A configuration, a word on where it comes from, and its microseconds (modelled from the measured shape's)."""
+
+    config: dict[str, Any]
+    note: str
+    us: float
 
 
 def rows_class(m: int) -> int:
@@ -30,22 +31,37 @@ def rows_class(m: int) -> int:
     return next((bound for bound in (1, 64, 128, 256, 512) if m <= bound), 1 << 30)
 
 
-def find_linear(table: Table, kernel: str, dtype: str, m: int, n: int, k: int) -> tuple[dict[str, Any], str] | None:
-    """The configuration measured for a linear's shape or the nearest one within reach, and a word on which."""
+def linear_key(dtype: str, m: int, n: int, k: int, form: str = "") -> str:
+    """Key of a linear of m rows over a weight (n, k)."""
+    return f"{dtype} {m}x{n}x{k} {form}".rstrip()
+
+
+def floor_us(m: int, n: int, k: int) -> float:
+    """What a linear would take at the memory's or the tensor cores' speed, whichever is more: to compare shapes."""
+    return max(2 * n * k / 4.4e6, 2 * m * n * k / 0.75e9) + 1
+
+
+def find_linear(table: Table, kernel: str, dtype: str, m: int, n: int, k: int, form: str = "") -> Tuned | None:
+    """The configuration measured for a linear, or for the nearest one within reach."""
     entries = table.get(kernel, {})
-    if found := entries.get(f"{dtype} {m}x{n}x{k}"):
-        return dict(found), "tuned"
+    if found := entries.get(linear_key(dtype, m, n, k, form)):
+        return Tuned(
+            {name: value for name, value in found.items() if name != "us"}, "tuned", found.get("us", floor_us(m, n, k))
+        )
     best: tuple[float, str] | None = None
     for key in entries:
-        known, _, extents = key.partition(" ")
+        known, extents, *form_of = key.split(" ")
         if known not in ("bfloat16", "float16") or dtype not in ("bfloat16", "float16"):
             continue  # of one width: what suits one suits the other
         rows, outs, depth = map(int, extents.split("x"))
         apart = abs(math.log2(outs / n)) + abs(math.log2(depth / k))
         if rows_class(rows) == rows_class(m) and apart <= REACH:
-            far = apart + 0.1 * abs(math.log2(rows / m))
+            far = apart + 0.1 * abs(math.log2(rows / m)) + 0.05 * (form_of != form.split())
             best = min(best or (far, key), (far, key))
     if best is None:
         return None
-    found = {name: value for name, value in entries[best[1]].items() if name != "us"}
-    return found, f"as tuned for {best[1].partition(' ')[2]}"
+    found, shape = entries[best[1]], best[1].partition(" ")[2]
+    rows, outs, depth = map(int, shape.split(" ")[0].split("x"))
+    floor = floor_us(m, n, k)
+    us = found["us"] * floor / floor_us(rows, outs, depth) if "us" in found else floor
+    return Tuned({name: value for name, value in found.items() if name != "us"}, f"as tuned for {shape}", us)

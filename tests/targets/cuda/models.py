@@ -67,7 +67,7 @@ def planned(
     program: Program, kernels: tuple[Kernel, ...], options: CudaOptions = OPTIONS
 ) -> tuple[ArchPlan, LaunchPlan]:
     """A program's plan for sm_90 without compiling its kernels."""
-    plan = plan_arch(program, 90, options, kernels)
+    plan = plan_arch(program, 90, options, kernels, {})
     names = kernel_names(plan)
     zero_bytes = max(bucket.zero_bytes for bucket in plan.buckets)
     placed = tuple(place(bucket, zero_bytes, names.__getitem__) for bucket in plan.buckets)

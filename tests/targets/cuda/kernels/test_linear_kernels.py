@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from targets.cuda.kernels import gemm, gemm_persistent, gemv
+from targets.cuda.kernels import gemm, gemm_persistent, gemm_stream, gemv
 from tests.targets.cuda.kernels.harness import close, run
 
 LINEAR = "aten.linear.default"
@@ -42,7 +42,7 @@ def test_one_row(n: int, k: int, dtype: torch.dtype) -> None:
 
 
 def test_one_row_of_several_outputs_a_program() -> None:
-    check(gemv.KERNEL, operands(1, 7, 300, BF16, True), {"rows": 4, "block": 256, "warps": 4})
+    check(gemv.KERNEL, operands(1, 7, 300, BF16, True), {"rows": 4, "block": 256, "warps": 4, "us": 1})
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (2, 65, 24), (5, 70, 136), (17, 33, 257), (70, 130, 64)])
@@ -53,7 +53,18 @@ def test_few_rows(m: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("tma", [0, 1])
 @pytest.mark.parametrize("swap", [0, 1])
 def test_parts_of_k_are_summed(tma: int, swap: int) -> None:
-    config = {"BM": 16, "BN": 64, "BK": 32, "SPLIT": 4, "SWAP": swap, "TMA": tma, "AHEAD": 64, "warps": 4, "stages": 3}
+    config = {
+        "BM": 16,
+        "BN": 64,
+        "BK": 32,
+        "SPLIT": 4,
+        "SWAP": swap,
+        "TMA": tma,
+        "AHEAD": 64,
+        "warps": 4,
+        "stages": 3,
+        "us": 1,
+    }
     check(gemm.KERNEL, operands(19, 100, 200, BF16, True), config)
 
 
@@ -65,8 +76,19 @@ def test_rows_of_a_wider_tensor() -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_persistent_programs_walk_all_tiles(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gemm_persistent.SM_COUNT, 90, 3)
-    config = {"BM": 32, "BN": 64, "BK": 32, "GROUP": 2, "PARTS": parts, "warps": 4, "stages": 3}
+    config = {"BM": 32, "BN": 64, "BK": 32, "GROUP": 2, "PARTS": parts, "warps": 4, "stages": 3, "us": 1}
     check(gemm_persistent.KERNEL, operands(130, 200, 72, BF16, True), config)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "programs"),
+    [(130, 200, 72, 3), (70, 200, 1032, 5), (200, 72, 264, 40), (65, 64, 2048, 30), (65, 8, 8, 7)],
+)
+def test_even_shares_of_k_steps(m: int, n: int, k: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that lie in one share, in two, and in many; shares that hold several tiles."""
+    monkeypatch.setitem(gemm_stream.SM_COUNT, 90, programs)
+    config = {"BM": 32, "BN": 64, "BK": 32, "PARTS": 2, "AHEAD": 64, "warps": 4, "stages": 3, "us": 1}
+    check(gemm_stream.KERNEL, operands(m, n, k, BF16, True), config)
 
 
 def test_a_wrong_weight_is_noticed() -> None:

@@ -1,0 +1,178 @@
+"""Calls of a decode bucket joined where one launch serves them: fewer launches, and less that passes through memory.
+
+Which calls pay to join depends on the bucket's rows, which no pass can see, so it happens here, on the program:
+
+- ``cuda.linear``: a linear with what follows it (a gated activation, or the residual addition) and, for one row,
+  with the RMSNorm before it: ``gate(norm(input) · weightᵀ + bias) + residual``, each part absent or not.
+- ``cuda.attention``: RMSNorm of the query's and the key's heads, their rotation, the write of key and value, and
+  attention over the states and the row's own key and value.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmopt.program import Function, OpCall, Ref
+
+LINEAR, ATTENTION = "cuda.linear", "cuda.attention"
+PLAIN_LINEAR, NORM = "aten.linear.default", "llmopt.rms_norm"
+FEW_ROWS = 1
+"""Rows up to which reading the weights is what a linear costs, so that its epilogue is free."""
+
+ABSENT = {"norm": None, "eps": 0.0, "offset": 0.0, "gate": None, "residual": None}
+HEAD_NORM = {"q_norm": None, "k_norm": None, "eps": 0.0, "offset": 0.0, "mul_in_fp32": False}
+
+
+@dataclass
+class Graph:
+    """A function's calls under one rule: who makes a value, who reads it, and what takes each call's place."""
+
+    function: Function
+
+    def __post_init__(self) -> None:
+        self.calls = self.function.calls
+        self.places: list[tuple[OpCall, ...]] = [(call,) for call in self.calls]
+        self.maker = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
+        self.uses = Counter(name for call in self.calls for name in call.refs())
+        self.uses.update((*self.function.outputs, *self.function.state_outputs.values()))
+        self.readers: dict[str, list[int]] = {}
+        for i, call in enumerate(self.calls):
+            for name in call.refs():
+                self.readers.setdefault(name, []).append(i)
+
+    def only_from(self, arg: Any, *ops: str) -> int | None:
+        """Index of the call, one of ``ops``, whose result nothing but this argument reads."""
+        at = self.maker.get(arg.name) if isinstance(arg, Ref) else None
+        wanted = at is not None and self.calls[at].op in ops and self.uses[arg.name] == 1
+        return at if wanted else None
+
+    def two_bytes(self, name: str) -> bool:
+        """Whether a value's type is what the tensor cores multiply without loss."""
+        return self.function.types[name].dtype in ("bfloat16", "float16")
+
+    def finish(self) -> Function:
+        """The function with every replacement in place."""
+        return replace(self.function, calls=tuple(call for place in self.places for call in place))
+
+
+Rule = Callable[[Graph, int, OpCall], None]
+
+
+def fused(function: Function, dims: Mapping[str, int], ops: Collection[str]) -> Function:
+    """The function as a bucket of these extents runs it, given what ops the kernels serve; of what is not decode of one
+    row a sequence only gated activations are joined."""
+    decode = function.name == "decode" and dims["T"] == dims["N"]
+    rules: list[Rule] = []
+    if decode and ATTENTION in ops:
+        rules.append(heads_into_attention)
+    if LINEAR in ops:
+        rules.append(activation_into_linear)
+        rules += [addition_into_linear] if decode and dims["T"] <= FEW_ROWS else []
+        rules += [norm_into_linears] if decode and dims["T"] == 1 else []
+    for rule in rules:
+        graph = Graph(function)
+        for at, call in enumerate(graph.calls):
+            rule(graph, at, call)
+        function = graph.finish()
+    return function
+
+
+def activation_into_linear(graph: Graph, at: int, call: OpCall) -> None:
+    """A linear and the gated activation of its result."""
+    if call.op != "llmopt.gated_activation" or not graph.two_bytes(call.outputs[0]):
+        return
+    source = graph.only_from(call.args["x"], PLAIN_LINEAR)
+    if source is not None:
+        args = {**graph.calls[source].args, **ABSENT, "gate": call.args["kind"]}
+        graph.places[source] = ()
+        graph.places[at] = (OpCall(LINEAR, args, call.outputs, graph.calls[source].scope),)
+
+
+def addition_into_linear(graph: Graph, at: int, call: OpCall) -> None:
+    """A linear and the residual addition; the sum's RMSNorm is left."""
+    if call.op != "llmopt.add_rms_norm" or not graph.two_bytes(call.outputs[1]):
+        return
+    source = graph.only_from(call.args["x"], PLAIN_LINEAR)
+    if source is not None:
+        normed, total = call.outputs
+        args = {**graph.calls[source].args, **ABSENT, "residual": call.args["residual"]}
+        rest = {name: arg for name, arg in call.args.items() if name not in ("x", "residual")}
+        graph.places[source] = ()
+        graph.places[at] = (
+            OpCall(LINEAR, args, (total,), graph.calls[source].scope),
+            OpCall(NORM, {"x": Ref(total), **rest}, (normed,), call.scope),
+        )
+
+
+def norm_into_linears(graph: Graph, at: int, call: OpCall) -> None:
+    """An RMSNorm that only linears read goes into each of them."""
+    if call.op != NORM or call.args["weight"] is None or not graph.two_bytes(call.outputs[0]):
+        return
+    (normed,) = call.outputs
+    readers = graph.readers.get(normed, [])
+    joins = all(
+        graph.calls[i].op in (PLAIN_LINEAR, LINEAR)
+        and graph.calls[i].args["input"] == Ref(normed)
+        and graph.calls[i].args.get("norm") is None
+        for i in readers
+    )
+    if readers and joins and graph.uses[normed] == len(readers):
+        norm = {"norm": call.args["weight"], "eps": call.args["eps"], "offset": call.args["offset"]}
+        for i in readers:
+            reader = graph.calls[i]
+            args = {**ABSENT, **reader.args, "input": call.args["x"], **norm}
+            graph.places[i] = (replace(reader, op=LINEAR, args=args),)
+        graph.places[at] = ()
+
+
+def heads_into_attention(graph: Graph, at: int, call: OpCall) -> None:
+    """Rotation and write of a row's heads, and the RMSNorm of each head before it, into paged attention."""
+    if call.op != "llmopt.cached_attention" or call.args["ring"]:
+        return
+    source = graph.only_from(call.args["q"], "llmopt.rope_kv_write")
+    if source is None:
+        return
+    write = graph.calls[source]
+    _, k_state, v_state = write.outputs
+    if (call.args["k_state"], call.args["v_state"]) != (Ref(k_state), Ref(v_state)):
+        return
+    if any(graph.readers[name] != [at] for name in (k_state, v_state)):
+        return
+    norms = head_norms(graph, write)
+    args = {**write.args, **HEAD_NORM, **call.args, "k_state": write.args["k_state"], "v_state": write.args["v_state"]}
+    args["q"] = write.args["q"]
+    if norms is not None:
+        for name, (view, norm) in norms.items():
+            plain = graph.calls[view]
+            graph.places[view] = (replace(plain, args={**plain.args, "self": graph.calls[norm].args["x"]}),)
+            graph.places[norm] = ()
+            args[f"{name}_norm"] = graph.calls[norm].args["weight"]
+            args |= {key: graph.calls[norm].args[key] for key in ("eps", "offset", "mul_in_fp32")}
+    graph.places[source] = ()
+    graph.places[at] = (OpCall(ATTENTION, args, (*call.outputs, k_state, v_state), call.scope),)
+
+
+def head_norms(graph: Graph, write: OpCall) -> dict[str, tuple[int, int]] | None:
+    """For query and key the transposition of a normed (1, T, H, D) value and the RMSNorm; None when they are not so,
+    or not alike."""
+    found: dict[str, tuple[int, int]] = {}
+    for name in ("q", "k"):
+        view = graph.only_from(write.args[name], "aten.transpose.int")
+        norm = None if view is None else graph.only_from(graph.calls[view].args["self"], NORM)
+        if view is None or norm is None or graph.calls[norm].args["weight"] is None:
+            return None
+        if len(graph.function.types[write.outputs[0]].shape) != 4 or 3 in transposed_dims(graph.calls[view]):
+            return None
+        found[name] = view, norm
+    kinds = {
+        tuple(graph.calls[norm].args[key] for key in ("eps", "offset", "mul_in_fp32")) for _, norm in found.values()
+    }
+    return found if len(kinds) == 1 else None
+
+
+def transposed_dims(call: OpCall) -> set[int]:
+    """The two dimensions, of four, that a transposition exchanges."""
+    return {int(call.args[key]) % 4 for key in ("dim0", "dim1") if isinstance(call.args[key], int)}

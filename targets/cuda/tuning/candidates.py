@@ -1,0 +1,115 @@
+"""Which configurations of a kernel are worth timing for a call, and the key its entry gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+from ..kernel import CallSite
+from . import linear_key
+
+Config = dict[str, Any]
+
+GEMV = ((1, 1024, 4), (1, 2048, 4), (1, 2048, 8), (2, 1024, 4), (2, 2048, 8), (1, 4096, 8), (1, 4096, 16), (4, 1024, 8))
+"""Outputs, columns a step and warps of a one-row program."""
+
+STREAM = ((128, 128, 64, 6, 4), (128, 128, 64, 6, 8), (256, 128, 64, 4, 8))
+"""Rows, weight rows, columns, load stages and warps of a program that shares steps. On an H200 these never won: two
+programs a multiprocessor (98 us where one takes 65), 64 weight rows (84), 256 weight rows (88), 128 columns (67)."""
+
+PERSISTENT = ((128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (256, 128, 64, 4, 8))
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def gemv(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """One row."""
+    for rows, block, warps in GEMV:
+        if m == 1 and block <= max(k, 1024):
+            yield {"rows": rows, "block": block, "warps": warps}
+
+
+def gemm(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """2 to 512 rows: programs between 0.75 and 6 a multiprocessor."""
+    if m <= 64:
+        bm = max(16, 1 << (m - 1).bit_length())
+        tried = [
+            ((bm, 64, 128, 1, 4, 4), (1, 2, 4)),
+            ((bm, 64, 256, 1, 4, 3), (1, 2)),
+            ((bm, 128, 128, 1, 4, 4), (1, 2)),
+        ]
+    elif m <= 128:
+        tried = [((128, 64, 128, 0, 4, 4), (1, 2)), ((128, 128, 64, 0, 8, 5), (1, 2, 4))]
+    else:
+        tried = [((128, 128, 64, 0, 8, 5), (1, 2, 4)), ((256, 128, 64, 0, 8, 4), (1, 2))]
+    for (bm, bn, bk, swap, warps, stages), split in ((shape, split) for shape, splits in tried for split in splits):
+        programs = cdiv(n, bn) * cdiv(m, bm) * split
+        narrow = gated and swap and bn < 128
+        if (
+            2 <= m <= 512
+            and not narrow
+            and programs >= 96
+            and cdiv(k, split) >= 2 * bk
+            and (programs <= 400 or (split == 1 and (programs <= 800 or bn == 128)))
+        ):
+            yield {"BM": bm, "BN": bn, "BK": bk, "SPLIT": split, "SWAP": swap, "warps": warps, "stages": stages,
+                   "AHEAD": 256 if m <= 64 else 0}  # fmt: skip
+
+
+def gemm_stream(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """65 to 1024 rows."""
+    for bm, bn, bk, stages, warps in STREAM:
+        if 64 < m <= 1024 and (bm == 128 or m > 128):
+            parts = max(1, bm * (bn // 2 if gated else bn) // 8192)
+            yield {"BM": bm, "BN": bn, "BK": bk, "PARTS": min(parts, 4), "stages": stages, "warps": warps, "AHEAD": 256}
+
+
+def gemm_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """From 128 rows on."""
+    for bm, bn, bk, stages, warps in PERSISTENT:
+        if m >= 128 and cdiv(m, bm) * cdiv(n, bn) >= 64:
+            yield {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "PARTS": 2 if bn == 256 or bm == 256 else 1,
+                   "warps": warps, "stages": stages}  # fmt: skip
+
+
+LINEARS: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
+    "gemv": gemv,
+    "gemm": gemm,
+    "gemm_stream": gemm_stream,
+    "gemm_persistent": gemm_persistent,
+}
+
+
+def attention(rows: int, sequences: int, decode: bool, size: int) -> Iterator[Config]:
+    """Key tiles, stages and parts of the keys; descriptors where a KV block holds whole key tiles."""
+    if decode:
+        splits = (8, 16, 32) if rows == 1 else (4, 8) if rows <= 4 else (1, 2, 4) if rows <= 32 else (1,)
+        for parts, (keys, stages) in product(splits, ((64, 3), (64, 4), (32, 4))):
+            yield {"BM": 16, "BN": keys, "SPLITS": parts, "warps": 4, "stages": stages, "TMA": int(size % keys == 0)}
+        return
+    for lines, keys, warps, stages in ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)):
+        if size % keys == 0 or keys == 64:
+            yield {"BM": lines, "BN": keys, "SPLITS": 1, "warps": warps, "stages": stages, "TMA": int(size % keys == 0)}
+
+
+def candidates(kernel: str, site: CallSite) -> tuple[str, list[Config]] | None:
+    """The key of a call in a kernel's entries and the configurations to time; None for what is not tuned."""
+    v = site.values
+    if kernel in LINEARS:
+        (n, k), gated = v["weight"].shape, v.get("gate") is not None
+        m = 1
+        for extent in v["input"].shape[:-1]:
+            m *= extent
+        found = list(LINEARS[kernel](m, n, k, gated))
+        return linear_key(v["weight"].dtype, m, n, k, "gated" * gated), found
+    if kernel == "attention" and not v["ring"]:
+        _, heads, rows, d = v["q"].shape
+        sequences, (_, shared, size, _) = v["block_table"].shape[0], v["k_state"].shape
+        decode = site.function == "decode" and sequences == rows
+        key = f"{v['q'].dtype} {'decode' if decode else 'extend'} {rows}x{sequences} h{heads}/{shared} d{d}"
+        return key, list(attention(rows, sequences, decode, size))
+    return None

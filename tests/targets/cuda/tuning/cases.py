@@ -1,0 +1,71 @@
+"""Cases of a small linear for the tuning tests, and a timer that makes its times up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmopt.errors import ExecutorError, ResourceError
+from llmopt.launch import Cubin, Launch, Pointer, Scalar, TensorMap
+from llmopt.program import OpCall
+from targets.cuda.kernel import CallSite, Strided
+from targets.cuda.tuning.bundle import Buffer, Bundle, Entry
+from targets.cuda.tuning.timing import Timed
+
+COMPILER = "triton 3.9.0"
+
+
+def dense(name: str, *shape: int) -> Strided:
+    """A row-major bfloat16 tensor."""
+    strides = [1]
+    for extent in reversed(shape[1:]):
+        strides.append(strides[-1] * extent)
+    return Strided(name, "bfloat16", shape, tuple(reversed(strides)))
+
+
+def linear_site(m: int, n: int, k: int, gate: str | None = None) -> CallSite:
+    """A joined linear as the planner describes it."""
+    values = {
+        "input": dense("h", 1, m, k), "weight": dense("w", n, k), "bias": None, "norm": None, "eps": 0.0,
+        "offset": 0.0, "gate": gate, "residual": None,
+    }  # fmt: skip
+    out = dense("y", 1, m, n if gate is None else n // 2)
+    return CallSite(OpCall("cuda.linear", {}, ("y",)), {}, values, (out,), {"T": m}, "decode", 90)
+
+
+def entry(key: str, config: dict[str, Any], kernel: str = "gemv") -> Entry:
+    """An entry with every kind of operand and buffer."""
+    args = (Pointer("out"), Scalar("i32", 7), TensorMap("weight", 0, "bfloat16", (8, 8), (16, 2), (8, 8), 128))
+    buffers = {
+        "out": Buffer(16, "random", "bfloat16"), "weight": Buffer(128, "pool", "bfloat16"),
+        "table": Buffer(8, "data", "int32", (3, 4)), "out/flag": Buffer(4, "zero"),
+    }  # fmt: skip
+    return Entry("llama", "layer", kernel, key, config, 144, 128, buffers, (Launch("k", (1, 2, 3), args, True, 144),),
+                 ("out", "bfloat16", 8))  # fmt: skip
+
+
+def bundle(folder: Path, *entries: Entry) -> Bundle:
+    """A written bundle with one cubin that no GPU would load."""
+    made = Bundle(folder, 90, COMPILER, 12)
+    made.add_cubin("k", Cubin("cubins/k.cubin", "k", 128, 0, 32, 0), b"cubin")
+    made.entries += entries
+    made.write()
+    return made
+
+
+class FakeTimer:
+    """Takes the time and the error from the configuration; ``fail`` there raises it."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {"gpu": "fake", "driver": 0, "compiler": COMPILER}
+
+    def time(self, entry: Entry, best: float) -> Timed:
+        self.seen.append(best)
+        if "fail" in entry.config:
+            kind, _, what = entry.config["fail"].partition(": ")
+            raise {"executor": ExecutorError, "resource": ResourceError}[kind](what)
+        us = float(entry.config["time"])
+        return Timed(us, us, us, entry.config.get("error", 0.0))

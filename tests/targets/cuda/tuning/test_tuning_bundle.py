@@ -1,0 +1,105 @@
+"""Bundles of candidates: what is timed for a call, the files, damage, and how the best is picked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmopt.errors import ArtifactError, ExecutorError, ResourceError
+from targets.cuda.kernel import Kernel
+from targets.cuda.kernels import gemm, gemm_persistent, gemm_stream, gemv
+from targets.cuda.tuning.build import entry as describe
+from targets.cuda.tuning.build import site_cases
+from targets.cuda.tuning.bundle import FILE, open_bundle
+from targets.cuda.tuning.candidates import candidates
+from targets.cuda.tuning.timing import measure, winners
+from tests.targets.cuda.tuning.cases import FakeTimer, bundle, entry, linear_site
+
+
+def ignore(what: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "m", "gate", "least"),
+    [
+        (gemv.KERNEL, 1, None, 8), (gemv.KERNEL, 1, "silu", 8), (gemm.KERNEL, 8, None, 4), (gemm.KERNEL, 8, "silu", 1),
+        (gemm.KERNEL, 128, None, 2),
+        (gemm.KERNEL, 256, None, 3), (gemm_stream.KERNEL, 128, None, 2), (gemm_stream.KERNEL, 256, "silu", 3),
+        (gemm_persistent.KERNEL, 2048, "silu", 4),
+    ],
+)  # fmt: skip
+def test_every_candidate_is_served_as_asked(kernel: Kernel, m: int, gate: str | None, least: int) -> None:
+    site = linear_site(m, 8192, 4096, gate)
+    found = candidates(kernel.name, site)
+    assert found is not None
+    assert len(found[1]) >= least
+    cases = list(site_cases(kernel, site, "llama", "layer"))
+    assert [case.config for case in cases] == found[1]
+    assert len({case.selection.launches for case in cases}) == len(cases)
+    for case in cases:
+        assert "tuned" in case.selection.reason
+        assert case.flops == 2 * m * 8192 * 4096
+        made = describe(case, ())
+        assert made.buffers["weight"].kind == "pool"
+        assert made.check == {"m": m, "n": 8192, "k": 4096, "gate": gate, "residual": False}
+
+
+def test_other_kernels_have_nothing_to_try() -> None:
+    assert candidates("gate", linear_site(8, 64, 64)) is None
+    assert candidates("gemm_stream", linear_site(8, 64, 64)) == ("bfloat16 8x64x64", [])
+
+
+def test_a_bundle_is_read_back_as_written(tmp_path: Path) -> None:
+    made = bundle(tmp_path, entry("bfloat16 1x8x8", {"rows": 1}))
+    found = open_bundle(tmp_path)
+    assert found == made
+    assert found.read_cubin("cubins/k.cubin") == b"cubin"
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    bundle(tmp_path, entry("bfloat16 1x8x8", {"rows": 1}))
+    (tmp_path / "cubins/k.cubin").write_bytes(b"other")
+    with pytest.raises(ArtifactError, match=r"k\.cubin is not what was built"):
+        open_bundle(tmp_path).read_cubin("cubins/k.cubin")
+    (tmp_path / "cubins/k.cubin").unlink()
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        open_bundle(tmp_path).read_cubin("cubins/k.cubin")
+    text = (tmp_path / FILE).read_text()
+    for broken, words in (
+        (text[: len(text) // 2], "malformed"), (text.replace('"format": 1', '"format": 9'), "format 1, found 9"),
+        ("[]", "malformed"), (json.dumps({**json.loads(text), "digests": {}}), "names no cubin"),
+    ):  # fmt: skip
+        (tmp_path / FILE).write_text(broken)
+        with pytest.raises(ArtifactError, match=words):
+            open_bundle(tmp_path)
+    (tmp_path / FILE).unlink()
+    with pytest.raises(ArtifactError, match="not a bundle"):
+        open_bundle(tmp_path)
+
+
+def test_the_fastest_right_configuration_wins(tmp_path: Path) -> None:
+    made = bundle(
+        tmp_path, entry("a", {"time": 5}), entry("a", {"time": 1, "error": 0.5}), entry("a", {"time": 3}),
+        entry("a", {"time": 2, "error": float("nan")}), entry("b", {"time": 9, "error": None}),
+        entry("a", {"fail": "executor: cuLaunchKernelEx failed"}), entry("a", {"time": 4}),
+    )  # fmt: skip
+    timer = FakeTimer()
+    rows, failed = measure(made, timer, ignore)
+    assert timer.seen == [float("inf"), 5, 5, 3, float("inf"), 3, 3]
+    assert winners(rows) == {"gemv": {"a": {"time": 3, "us": 3.0}, "b": {"time": 9, "error": None, "us": 9.0}}}
+    assert [row.right for row in rows] == [True, False, True, False, True, True]
+    assert len(failed) == 1
+    assert "cuLaunchKernelEx failed" in failed[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [("executor: a kernel failed; the engine is dead", ExecutorError), ("resource: no", ResourceError)],
+)
+def test_a_lost_gpu_ends_the_timing(tmp_path: Path, what: str, kind: type[Exception]) -> None:
+    made = bundle(tmp_path, entry("a", {"time": 5}), entry("a", {"fail": what}))
+    with pytest.raises(kind):
+        measure(made, FakeTimer(), ignore)
