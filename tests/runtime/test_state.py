@@ -60,13 +60,28 @@ class Allocation(RuleBasedStateMachine):
 
     @invariant()
     def tables_only_grow(self):
-        """A step in flight keeps slices of the tables: what they say may not change."""
+        """A step in flight keeps tables: what they say may not change, whoever gets their rows next."""
         for seq, n in self.tokens.items():
             table = self.allocator.table(seq, n)
-            for name, (alias, copy) in self.tables.get(seq, {}).items():
-                assert np.array_equal(alias, copy)
+            for name, (given, copy) in self.tables.get(seq, {}).items():
+                assert np.array_equal(given, copy)
                 assert np.array_equal(table[name][: len(copy)], copy)
             self.tables[seq] = {name: (blocks, blocks.copy()) for name, blocks in table.items()}
+
+    @invariant()
+    def gathered_rows_are_the_tables(self):
+        seqs = sorted(self.tokens)
+        if not seqs:
+            return
+        places = np.array([self.allocator.place(seq) for seq in seqs])
+        lengths = np.array([self.tokens[seq] for seq in seqs])
+        gathered = self.allocator.gather(places, int(lengths.max()))
+        for i, seq in enumerate(seqs):
+            for name, blocks in self.allocator.table(seq, self.tokens[seq]).items():
+                assert gathered[name][i, : len(blocks)].tolist() == blocks.tolist()
+        full = [n % 4 == 0 for n in lengths]  # blocks of 4 tokens: the next token needs another one
+        assert self.allocator.lacking(places, lengths).tolist() == []
+        assert self.allocator.lacking(places, lengths + 1).tolist() == np.flatnonzero(full).tolist()
 
 
 TestAllocation = Allocation.TestCase
@@ -86,6 +101,47 @@ def test_a_double_free_is_noticed():
     pool.give([block])
     with pytest.raises(ValueError, match=f"block {block} is freed twice"):
         pool.give([block])
+
+
+def test_a_shared_block_is_free_when_the_last_holder_lets_go():
+    pool = BlockPool(3)
+    [block] = pool.take(1)
+    pool.share([block])
+    pool.give([block])
+    assert (pool.free, pool.references(block)) == (2, 1)
+    pool.give([block])
+    assert pool.free == 3
+    with pytest.raises(ValueError, match=f"block {block} is shared, but nobody holds it"):
+        pool.share([block])
+
+
+def test_adopted_blocks_come_first():
+    allocator = StateAllocator(plan_of("paged"), {"paged0": 8})
+    assert allocator.extend(1, 9)
+    shared = allocator.held(1)["paged0"][:2]
+    allocator.pools["paged0"].share(shared)
+    allocator.adopt(2, {"paged0": shared})
+    assert allocator.extend(2, 12)
+    assert allocator.held(2)["paged0"][:2] == shared
+    assert allocator.pools["paged0"].free == 8 - 4
+    allocator.release(1)
+    allocator.release(2)
+    assert allocator.pools["paged0"].free == 8
+
+
+def test_what_can_be_reclaimed_is_asked_for_before_giving_up():
+    allocator = StateAllocator(plan_of("paged"), {"paged0": 4})
+    assert allocator.extend(1, 12)
+    asked = []
+
+    def reclaim(missing):
+        asked.append(dict(missing))
+        allocator.release(1)
+
+    allocator.reclaim = reclaim
+    assert allocator.extend(2, 8)
+    assert asked == [{"paged0": 2}]
+    assert allocator.owners() == {2}
 
 
 @pytest.mark.parametrize(
