@@ -20,7 +20,7 @@ from llmopt.ir.sites import Choice, Site, group_of
 from llmopt.ir.weights import Clipped, Weight
 
 EXPONENTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-SHARES = tuple(1 - i / 40 for i in range(20))
+SHARES = tuple(1 - i / 80 for i in range(32))
 SWEEPS = 2
 
 
