@@ -28,8 +28,6 @@ PROMPT_LEN = 128
 
 def draw(source: Path, destination: Path) -> None:
     """Copy an artifact of seeded weights to one that holds them."""
-    import numpy as np
-
     from llmopt.artifact import Artifact
     from llmopt.artifact.chunks import Chunks
     from llmopt.artifact.digest import CHUNK_BYTES, tree_digest
@@ -46,19 +44,29 @@ def draw(source: Path, destination: Path) -> None:
     with path.open("wb") as file:
         file.truncate(layout.size)
         os.pwrite(file.fileno(), layout.header, 0)
-
-        def put(name: str) -> None:
-            data = np.ascontiguousarray(store.get(name)).reshape(-1).view(np.uint8)
-            for at in range(0, len(data), CHUNK_BYTES):
-                os.pwrite(file.fileno(), data[at : at + CHUNK_BYTES].data, layout.entries[name].offset + at)
-
         with ThreadPoolExecutor() as pool:
-            list(pool.map(put, types))
-        blank = WeightsEntry("embedded", layout.size, "", CHUNK_BYTES, ("",) * -(-layout.size // CHUNK_BYTES))
-        digests = Chunks(path, blank, path.name).digests()
+            list(pool.map(lambda name: put(file.fileno(), store, name, layout.entries[name]), types))
+    blank = WeightsEntry("embedded", layout.size, "", CHUNK_BYTES, ("",) * -(-layout.size // CHUNK_BYTES))
+    digests = Chunks(path, blank, path.name).digests()
     entry = replace(blank, digest=tree_digest(digests), chunks=tuple(digests))
     manifest = replace(artifact.manifest, weights=entry)
     (destination / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+
+
+def put(descriptor: int, store: Any, name: str, entry: Any) -> None:
+    """Write a tensor at its place: a seeded one is its pool of values, repeated."""
+    import numpy as np
+
+    from llmopt.artifact.stores import draw_pool
+
+    values = draw_pool(store.seed, name, store.tensors[name]) if name in store.tensors else store.get(name)
+    data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    done = 0
+    while done < entry.nbytes:
+        start = done % len(data)
+        whole = [data[start:], *[data] * 15]
+        room = entry.nbytes - done
+        done += os.pwritev(descriptor, whole if room >= 16 * len(data) else [data[start:][:room]], entry.offset + done)
 
 
 def child(path: Path, device: str, started: float) -> None:

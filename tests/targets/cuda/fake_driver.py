@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -11,6 +12,9 @@ from typing import Any
 
 import numpy as np
 from cuda.bindings import driver as real
+
+CONTEXTUAL = ("cuMem", "cuStream", "cuEvent", "cuGraph", "cuModule", "cuLaunch")
+"""Functions that need a context made current in the calling thread."""
 
 OK = real.CUresult.CUDA_SUCCESS
 
@@ -28,6 +32,7 @@ class FakeDriver:
     memory: dict[int, Any] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     dead: Any = None
+    current: threading.local = field(default_factory=threading.local)
 
     def __getattr__(self, name: str) -> Any:
         """Functions, wrapped; enumerations and structures as they are."""
@@ -44,6 +49,8 @@ class FakeDriver:
             self.dead = error
         if self.dead is not None:
             return (self.dead, None)
+        if name.startswith(CONTEXTUAL) and not hasattr(self.current, "context"):
+            return (real.CUresult.CUDA_ERROR_INVALID_CONTEXT, None)
         values = getattr(self, f"do_{name}", lambda *_: 1)(*args)
         return (OK, *values) if isinstance(values, tuple) else (OK, values)
 
@@ -53,6 +60,9 @@ class FakeDriver:
         if listed is None:
             return list(self.devices)
         return [self.devices[int(i)] for i in listed.split(",") if i and int(i) < len(self.devices)]
+
+    def do_cuCtxSetCurrent(self, context: Any) -> None:
+        self.current.context = context
 
     def do_cuStreamCreate(self, flags: int) -> Any:
         return real.CUstream(1)

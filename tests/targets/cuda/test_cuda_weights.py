@@ -68,9 +68,10 @@ def loaded(
     program: Any = SimpleNamespace(weights={n: SimpleNamespace(type=Held(v).type) for n, v in data.items()})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "cu", fake)
+        driver.call("cuCtxSetCurrent", "context")
         base = fake.do_cuMemAlloc(region.size + 1)
         memory = fake.memory[base]
-        load_weights(program, store, region, base, None, threads, chunks)
+        load_weights(program, store, region, base, "context", threads, chunks)
         assert list(fake.memory) == [base], "page-locked buffers were freed"
     return {n: memory[region.offsets[n] :][: v.nbytes].view(v.dtype).reshape(v.shape) for n, v in data.items()}
 
@@ -104,6 +105,7 @@ def test_a_damaged_chunk_is_named_with_its_tensors(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, chunks = written(tmp_path / "w", tensors([5000]), 1 << 16)
     monkeypatch.setattr(driver, "cu", FakeDriver())
+    driver.call("cuCtxSetCurrent", "context")
     with reading.FileReader(tmp_path / "w", [], chunks) as reader:
         (tmp_path / "w").write_bytes((tmp_path / "w").read_bytes()[:1000])
         with pytest.raises(ArtifactError, match="shrank to 1000 bytes"):

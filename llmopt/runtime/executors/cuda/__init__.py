@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llmopt.artifact.digest import sha256
 from llmopt.errors import ArtifactError, LlmoptError
 from llmopt.launch import LaunchPlan, plan_file
-from llmopt.runtime.executors.cuda.driver import check_driver, open_device, pick_arch
+from llmopt.runtime.executors.cuda.driver import call, check_driver, open_device, pick_arch
 from llmopt.runtime.executors.cuda.executor import CudaExecutor
 from llmopt.runtime.executors.cuda.gpu import GpuBackend, layout
 from llmopt.runtime.executors.cuda.layout import Budget, describe_states, size_blocks, weights_region
@@ -67,7 +67,7 @@ def load(artifact: Artifact, options: LoadOptions) -> CudaExecutor:
     stages.end("memory")
     try:
         executor = CudaExecutor(program, plan, backend, options.max_sequences, context)
-        with ThreadPoolExecutor(1) as background:
+        with ThreadPoolExecutor(1, initializer=lambda: call("cuCtxSetCurrent", device.context)) as background:
             copy = background.submit(
                 load_weights, program, artifact.weight_store(), where.weights, backend.weights, device.context,
                 options.threads, artifact.unchecked,
