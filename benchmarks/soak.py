@@ -61,6 +61,8 @@ def serving(artifact: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str]
         if process.poll() is None:
             process.kill()
             process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def engine_of(pid: int) -> int:
