@@ -19,6 +19,7 @@ import subprocess
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,24 +67,26 @@ class NullExecutor:
         """Nothing to free."""
 
 
-def measure(batch: int, steps: int, args: argparse.Namespace) -> dict[str, object]:
-    """Times of ``steps`` steps in a full engine, in milliseconds."""
+def measure(batch: int, steps: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Times of ``steps`` steps in a full engine, in milliseconds: of the thread's own processor time, and of the wall."""
     core = EngineCore(NullExecutor(batch, args.flight), options=SchedulerOptions(prefix_cache=not args.no_prefix_cache))
     rng = np.random.default_rng(0)
     shared = rng.integers(0, VOCAB, 128)
 
+    tenants = iter(range(1 << 60))
+
     def add() -> None:
         prompt = np.concatenate((shared, rng.integers(0, VOCAB, rng.integers(100, 900))))
-        core.add(prompt.tolist(), GenerationParams(SamplingParams(temperature=0), int(rng.integers(100, 1024))))
+        tenant = str(next(tenants) % args.tenants)
+        greedy = SamplingParams(temperature=0)
+        core.add(prompt.tolist(), GenerationParams(greedy, int(rng.integers(100, 1024)), tenant=tenant))
 
-    for _ in range(batch + 2):
+    for _ in range(batch + args.waiting):
         add()
     while len(core.scheduler.decoding) < batch:
         for output in core.step():
             if output.finish_reason:
                 add()
-    gc.collect()
-    gc.freeze()
     wall, cpu, wire, rows = [], [], [], []
     for _ in range(steps):
         a, b = time.perf_counter(), time.thread_time()
@@ -103,6 +106,8 @@ def measure(batch: int, steps: int, args: argparse.Namespace) -> dict[str, objec
         "steps": steps,
         "steps_in_flight": args.flight,
         "prefix_cache": not args.no_prefix_cache,
+        "waiting": args.waiting,
+        "tenants": args.tenants,
         "rows_mean": round(statistics.mean(rows), 1),
         "cpu_ms_mean": round(SECONDS * statistics.mean(cpu), 4),
         "cpu_ms": round(SECONDS * statistics.median(cpu), 4),
@@ -112,7 +117,7 @@ def measure(batch: int, steps: int, args: argparse.Namespace) -> dict[str, objec
     }
 
 
-def describe() -> dict[str, object]:
+def describe() -> dict[str, Any]:
     """The machine, the commit and the day."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -121,16 +126,25 @@ def describe() -> dict[str, object]:
     return {"machine": cpu, "python": platform.python_version(), "commit": commit.stdout.strip(), "date": today}
 
 
-def main() -> None:
-    """Print a row for each batch size."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--flight", type=int, default=2, help="steps in flight")
     parser.add_argument("--no-prefix-cache", action="store_true")
+    parser.add_argument("--waiting", type=int, default=2, help="requests in the queue")
+    parser.add_argument("--tenants", type=int, default=1, help="callers they come from")
     parser.add_argument("--append", type=Path, help="file of rows")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Print a row for each batch size."""
+    args = arguments()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    gc.collect()
+    gc.freeze()  # what was imported is not looked at again, as in the engine process
     for batch in args.batch:
         row = json.dumps({**measure(batch, args.steps, args), **describe()})
         print(row)

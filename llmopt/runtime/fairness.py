@@ -77,6 +77,9 @@ class WaitingQueue:
         self._lines: dict[tuple[str, int], list[Sequence]] = {}
         self._waiting: Counter[str] = Counter()
         self._parked: dict[int, Sequence] = {}
+        self._levels: Counter[int] = Counter()
+        self.changes = 0
+        """How often the lines have changed."""
 
     def __len__(self) -> int:
         return self._waiting.total()
@@ -98,6 +101,12 @@ class WaitingQueue:
     def _line_up(self, sequence: Sequence) -> None:
         line = self._lines.setdefault((sequence.tenant, sequence.priority), [])
         bisect.insort(line, sequence, key=lambda s: s.order)
+        self._levels[sequence.priority] += 1
+        self.changes += 1
+
+    def best_priority(self) -> int | None:
+        """The best priority that waits in line, ageing apart."""
+        return min(self._levels, default=None)
 
     def first(self) -> Sequence | None:
         """Who goes next."""
@@ -139,3 +148,7 @@ class WaitingQueue:
         del line[index]
         if not line:
             del self._lines[key]
+        self._levels[sequence.priority] -= 1
+        if not self._levels[sequence.priority]:
+            del self._levels[sequence.priority]
+        self.changes += 1

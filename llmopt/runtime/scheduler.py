@@ -64,7 +64,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int]] = []
         self._releases: list[int] = []
         self._ops: list[StateOp] = []
-        self._stuck: tuple[int, int] | None = None
+        self._stuck = (-1, -1)
         self._orders = 0
 
     # --- requests ----------------------------------------------------------------------------------------------
@@ -210,17 +210,17 @@ class Scheduler:
 
     def _admit(self, step: StepRows) -> bool:
         """Start who is next, if there is room for it; False ends the admissions of this step."""
+        if len(self.running) >= self.limits.max_sequences or self._stuck == self._changes():
+            return False
         sequence = self.queue.first()
         # A step releases after its rows: a sequence preempted for this one can come back with the next at the earliest.
-        if sequence is None or len(self.running) >= self.limits.max_sequences or sequence.seq_id in self._releases:
-            return False
-        if self._stuck == (sequence.seq_id, self.allocator.releases):
+        if sequence is None or sequence.seq_id in self._releases:
             return False
         if not (self._swap_in(sequence) if sequence.swapped else self._start(sequence)):
             if sequence.awaits is not None:
                 self.queue.park(sequence)
                 return True
-            self._stuck = sequence.seq_id, self.allocator.releases
+            self._stuck = self._changes()
             return False
         self.queue.remove(sequence)
         self.running[sequence.seq_id] = self.prefilling[sequence.seq_id] = sequence
@@ -229,6 +229,15 @@ class Scheduler:
         step.admit.append(Admission(sequence.seq_id, sequence.prompt, sequence.sampling, output))
         self._add_rows(step, sequence)
         return True
+
+    def _changes(self) -> tuple[int, int]:
+        """As long as this stays the same, what could not be admitted still cannot."""
+        return self.queue.changes, self.allocator.releases
+
+    def _leaves_room(self) -> bool:
+        """Whether every running sequence could still get a block: else one of them would soon be preempted."""
+        cached, count = self.cache.cached(), len(self.running)
+        return all(self.allocator.pools[g.name].free + cached[g.name] >= count for g in self.cache.paged)
 
     def _start(self, sequence: Sequence) -> bool:
         """Blocks for all known tokens of a sequence, those of a cached prefix filled; False when too few are free,
@@ -242,7 +251,7 @@ class Scheduler:
         # What a match keeps from being freed may be just what is missing.
         for chosen in (match, base) if match.tokens else (base,):
             self.cache.claim(sequence.seq_id, chosen)
-            if self.allocator.extend(sequence.seq_id, sequence.known):
+            if self.allocator.extend(sequence.seq_id, sequence.known) and self._leaves_room():
                 break
             self.cache.abandon(sequence.seq_id, chosen)
         else:
@@ -265,7 +274,7 @@ class Scheduler:
         seq_id = sequence.seq_id
         base = Match(self._salt(sequence))
         self.cache.claim(seq_id, base)
-        if not self.allocator.extend(seq_id, sequence.known):
+        if not (self.allocator.extend(seq_id, sequence.known) and self._leaves_room()):
             self.cache.abandon(seq_id, base)
             return False
         for name, blocks in self.allocator.table(seq_id, sequence.computed).items():
@@ -280,7 +289,9 @@ class Scheduler:
 
     def _make_way(self) -> bool:
         """Preempt for a waiting sequence of a better priority; False: the step in flight must be collected first."""
-        while (head := self.queue.first()) is not None and head.priority < max(self._priorities, default=head.priority):
+        while (best := self.queue.best_priority()) is not None and best < max(self._priorities, default=best):
+            head = self.queue.first()
+            assert head is not None
             if head.seq_id in self._releases or self._fits(head):
                 break
             victim = self._victim()
@@ -293,9 +304,10 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence could start now."""
-        cached = self.cache.cached()
-        return len(self.running) < self.limits.max_sequences and all(
-            self.allocator.pools[g.name].free + cached[g.name] >= g.blocks_for(sequence.known)
+        cached, count = self.cache.cached(), len(self.running)
+        return count < self.limits.max_sequences and all(
+            self.allocator.pools[g.name].free + cached[g.name]
+            >= g.blocks_for(sequence.known) + (count if g.kind == "paged" else 0)
             for g in self.allocator.groups
         )
 

@@ -57,3 +57,15 @@ def test_chunks_do_not_starve_the_prompt():
 
 def test_a_run_is_repeated_exactly():
     assert np.array_equal(gaps(CHUNK, True), gaps(CHUNK, True))
+
+
+def test_admissions_leave_room_for_those_who_run():
+    """A pool of half of what 64 sequences come to want: few are preempted, and the engine stays busy."""
+    clock = VirtualClock()
+    core = EngineCore(TimedExecutor(clock, sequences=64, blocks=600), clock=clock)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        core.add(rng.integers(0, 97, rng.integers(50, 300)).tolist(), greedy(int(rng.integers(50, 300))))
+    while core.has_work:
+        core.step()
+    assert core.scheduler.stats().recomputes <= 15
