@@ -68,7 +68,7 @@ class NullExecutor:
 
 
 def measure(batch: int, steps: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Times of ``steps`` steps in a full engine, in milliseconds: of the thread's own processor time, and of the wall."""
+    """Times of ``steps`` steps in a full engine, in milliseconds of processor time, and of wall time (``wall_ms``)."""
     core = EngineCore(NullExecutor(batch, args.flight), options=SchedulerOptions(prefix_cache=not args.no_prefix_cache))
     rng = np.random.default_rng(0)
     shared = rng.integers(0, VOCAB, 128)
