@@ -10,8 +10,9 @@ from llmopt.runtime.params import Grammar
 from llmopt.serve.errors import ApiError
 from llmopt.serve.fields import JsonFormat, NamedTool, SchemaFormat, StructuredOutputs, Tool, choice_grammar
 from llmopt.serve.requests import ChatRequest, GenerationRequest
+from llmopt.serve.schemas import schema_source
 from llmopt.serve.tools import ToolFormat, ToolSpec
-from llmopt.serve.tools.constrain import WHITESPACE, tool_grammar
+from llmopt.serve.tools.constrain import tool_grammar
 
 TokenOf = Callable[[str], int | None]
 
@@ -49,7 +50,7 @@ def _answer_schema(request: GenerationRequest) -> Mapping[str, Any] | None:
 
 
 def _json_grammar(schema: Mapping[str, Any]) -> Grammar:
-    return Grammar("json_schema", json.dumps({"x-guidance": WHITESPACE, **schema}))
+    return Grammar("json_schema", schema_source(schema))
 
 
 def _structured(wanted: StructuredOutputs) -> Grammar:
@@ -86,5 +87,4 @@ def _tools_grammar(
 
 
 def _spec(tool: Tool) -> ToolSpec:
-    parameters = tool.function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
-    return ToolSpec(tool.function.name, parameters)
+    return ToolSpec(tool.function.name, tool.function.parameters or {"type": "object", "properties": {}})

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmopt.runtime.params import Grammar
+from llmopt.serve.schemas import moved, schema_source
 from llmopt.serve.tools.base import ToolFormat, ToolSpec
-
-WHITESPACE = {"whitespace_pattern": r"[ \t\n]{0,32}"}
-"""White space a model may put between the parts of JSON: unbounded, some never stop."""
 
 
 def schema_rule(schema: Mapping[str, Any]) -> str:
     """A JSON schema as a Lark expression."""
-    return "%json " + json.dumps({"x-guidance": WHITESPACE, **schema})
+    return "%json " + schema_source(schema)
 
 
 def tool_grammar(
@@ -49,21 +47,10 @@ def tool_grammar(
 
 
 def _call_schema(tool: ToolSpec, key: str) -> dict[str, Any]:
-    """Schema of a call's object. References inside the arguments' schema are to its root, which is not this one."""
-    arguments = _moved(dict(tool.parameters), f"#/properties/{key}")
+    """Schema of a call's object."""
+    arguments = moved(tool.parameters, f"#/properties/{key}")
     fields = {"name": {"const": tool.name}, key: arguments}
     return {"type": "object", "properties": fields, "required": ["name", key], "additionalProperties": False}
-
-
-def _moved(schema: Any, root: str) -> Any:
-    if isinstance(schema, list):
-        return [_moved(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {k: v if k in ("const", "enum", "default", "examples") else _moved(v, root) for k, v in schema.items()}
-    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#"):
-        moved["$ref"] = root + reference[1:]
-    return moved
 
 
 def _after_text(form: ToolFormat, token_of: Callable[[str], int | None], lines: list[str]) -> str:
