@@ -6,6 +6,7 @@ pair. It lives as long as that socket: when the API process dies, it exits.
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import socket
@@ -13,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
@@ -144,12 +145,12 @@ class EngineLoop:
 
     def _step(self) -> None:
         outputs = self.core.step()
+        for output in outputs:
+            ours, output.request_id = output.request_id, self._theirs[output.request_id]
+            if output.finish_reason:
+                del self._theirs[ours], self._ours[output.request_id]
         if outputs:
-            named = [replace(output, request_id=self._theirs[output.request_id]) for output in outputs]
-            for output, theirs in zip(outputs, named):
-                if output.finish_reason:
-                    del self._theirs[output.request_id], self._ours[theirs.request_id]
-            self.channel.send(Tokens(named))
+            self.channel.send(Tokens(outputs))
         for failure in self.core.failures():
             request = self._theirs.pop(failure.request_id)
             del self._ours[request]
@@ -164,6 +165,8 @@ def run_engine(descriptor: int, load: Callable[[], EngineCore]) -> int:
     with socket.socket(fileno=descriptor) as connection, Channel(connection) as channel:
         try:
             core = load()
+            gc.collect()
+            gc.freeze()  # what is loaded stays: no collection need look at it again
             try:
                 EngineLoop(core, channel).run()
             finally:
