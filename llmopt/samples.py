@@ -41,7 +41,7 @@ def draw_samples(
     Raises ConfigError without a tokenizer, RequestError for a text that is too short, ResourceError for a model too
     large to write its own.
     """
-    if options.text is None and not any(pass_.calibrates for pass_ in recipe.passes):
+    if options.text is None and not any(pass_.needs_calibration for pass_ in recipe.passes):
         return None
     text = Path(options.text) if options.text is not None else None
     state = f"{llmopt.__version__} {checkpoint.digest} {recipe.text} {options} {max_context}"

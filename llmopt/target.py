@@ -18,7 +18,8 @@ class TargetInfo:
     ``functions``: the functions a module forks into: ``("step",)`` when one function serves decode and
     prefill, else ``("decode", "extend")``. ``layouts``: KV layouts it can run. ``dtypes``: compute dtypes.
     ``quant_bits``: weight bit widths of ``llmopt.linear_q`` it supports; ``quant_experts``: of
-    ``llmopt.moe_experts_q`` as well.
+    ``llmopt.moe_experts_q`` as well. ``quant_formats``: formats of its codes. ``activation_formats``: formats of
+    ``llmopt.round_activations``.
     """
 
     name: str
@@ -27,6 +28,8 @@ class TargetInfo:
     dtypes: tuple[str, ...] = ("float32",)
     quant_bits: tuple[int, ...] = ()
     quant_experts: bool = False
+    quant_formats: tuple[str, ...] = ("int",)
+    activation_formats: tuple[str, ...] = ()
 
 
 class WeightReader(Protocol):

@@ -1,4 +1,4 @@
-"""Quantize the weights of linear layers to integers, by round-to-nearest."""
+"""Quantize the weights of linear layers to integers or FP8, by round-to-nearest."""
 
 from __future__ import annotations
 
@@ -12,29 +12,41 @@ from llmopt.ir.quant import QuantTensor, RoundToNearest, Scheme
 from llmopt.ir.rewrite import sweep
 from llmopt.ir.sites import Choice, group_of, layer_name, put_codes
 
+FP8_BLOCK = 128  # rows and columns of a block, as DeepSeek-V3 stores them
+
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
     """Matches ``aten.linear`` over a weight. Replaces it with ``llmopt.linear_q`` over ``<weight>.codes``,
     ``.scales`` and, unless symmetric, ``.zeros``.
 
-    ``bits``: width of a code, one the target supports. ``group_size``: input features that share a scale (null: one
-    scale an output channel). ``include`` and ``exclude``: glob patterns over the checkpoint's tensor names, also inside
-    fused weights; ``.weight`` may be left out. ``lm_head``: quantize the layer that makes the logits too. ``experts``:
-    also the experts of ``llmopt.moe_experts``, which become ``llmopt.moe_experts_q``.
+    ``format``: int, or fp8_e4m3, which takes 8 ``bits``. ``bits``: width of a code, one the target supports.
+    ``group_size``: input features that share a scale (null: one scale an output channel). ``scales``: of fp8, one a
+    ``channel``, a ``tensor``, or ``blocks`` of 128×128. ``include`` and ``exclude``: glob patterns over the
+    checkpoint's tensor names, also inside fused weights; ``.weight`` may be left out. ``lm_head``: quantize the layer
+    that makes the logits too. ``experts``: also the experts of ``llmopt.moe_experts``, which become
+    ``llmopt.moe_experts_q``.
     """
 
     name: ClassVar[str] = "quantize_weights"
     after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up")
     lossy: ClassVar[bool] = True
 
+    format: Literal["int", "fp8_e4m3"] = "int"
     bits: int = 8
     group_size: Literal[32, 64, 128] | None = None
+    scales: Literal["channel", "tensor", "blocks"] = "channel"
     symmetric: bool = True
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     lm_head: bool = False
     experts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format != "int" and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+            raise ValueError(f"{self.format} takes 8 bits, symmetric, and no group_size")
+        if self.format == "int" and self.scales != "channel":
+            raise ValueError("scales of integers are set by group_size")
 
     def requires(self, module: Module, ctx: PassContext) -> None:
         """The target runs codes of this width, and quantized experts when they are asked for."""
@@ -44,6 +56,9 @@ class QuantizeWeights(Pass):
             raise PassError(
                 f"target {target.name} has no {self.bits}-bit weights", where=where, hint=f"it has: {known}"
             )
+        if self.format not in target.quant_formats:
+            known = ", ".join(target.quant_formats)
+            raise PassError(f"target {target.name} has no {self.format} weights", where=where, hint=f"it has: {known}")
         if self.experts and not target.quant_experts:
             raise PassError(f"target {target.name} has no quantized experts", where=where, hint="experts: false")
 
@@ -61,8 +76,16 @@ class QuantizeWeights(Pass):
         return len(sites)
 
     def _tensor(self, name: str, module: Module, ctx: PassContext) -> QuantTensor:
-        block = group_of(module, name, self.group_size, f"pass {self.name}")
-        scheme = Scheme("int", self.bits, 1, block, self.symmetric, ctx.dtype)
+        where = f"pass {self.name}"
+        rows, block = 1, group_of(module, name, self.group_size, where)
+        if self.scales == "tensor":
+            rows = module.weights[name].shape[-2]
+        elif self.scales == "blocks":
+            rows, block = FP8_BLOCK, group_of(module, name, FP8_BLOCK, where)
+            if module.weights[name].shape[-2] % rows:
+                what = f"blocks of {rows} rows do not divide its {module.weights[name].shape[-2]} output features"
+                raise PassError(what, where=f"{where}, layer {layer_name(module, name)}", hint="scales: channel")
+        scheme = Scheme(self.format, self.bits, rows, block, self.symmetric, ctx.dtype)
         return RoundToNearest(layer_name(module, name), module.weights[name], scheme).tensor()
 
 

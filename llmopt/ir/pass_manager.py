@@ -50,7 +50,7 @@ class Pass(ABC):
 
     ``after``: passes that must run earlier when a recipe lists them at all. ``lossy``: the pass changes the
     numerics by design (quantization), so that checks report its error instead of failing. ``calibrates``: the pass
-    reads ``ctx.calibration``. ``expect``: the number of rewrites a recipe demands. ``functions``: the functions to
+    reads calibration windows. ``expect``: the number of rewrites a recipe demands. ``functions``: the functions to
     serve (None: all).
     """
 
@@ -66,6 +66,11 @@ class Pass(ABC):
     def changes_numerics(self) -> bool:
         """Whether this instance's options change the numerics by design."""
         return self.lossy
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether this instance's options read ``ctx.calibration``."""
+        return self.calibrates
 
     def requires(self, module: Module, ctx: PassContext) -> None:  # noqa: B027 (most passes need nothing)
         """Raise PassError when the module cannot take this pass, naming what must come before."""

@@ -146,7 +146,8 @@ def put_codes(module: Module, function: fx.GraphModule, site: Site, tensors: Map
 
 
 def restored(module: Module, keep: Collection[str]) -> Module:
-    """A copy whose quantized linears, but those over the weights ``keep``, read what they were made of again."""
+    """A copy whose quantized linears, but those over the weights ``keep``, read what they were made of again, and
+    unrounded activations."""
     functions = {}
     for name, function in module.functions.items():
         functions[name] = fx.GraphModule(torch.nn.Module(), fx.Graph())
@@ -160,11 +161,16 @@ def restored(module: Module, keep: Collection[str]) -> Module:
                 continue
             weight = copy.weight_node(function, name, module.originals[name])
             with function.graph.inserting_before(node):
-                plain = function.graph.call_function(LINEAR, (given[0], weight, given[4]))
+                plain = function.graph.call_function(LINEAR, (unrounded(given[0]), weight, given[4]))
             plain.meta = dict(node.meta)
             node.replace_all_uses_with(plain)
             function.graph.erase_node(node)
     return copy
+
+
+def unrounded(source: fx.Node) -> fx.Node:
+    """A linear's input before any rounding of activations."""
+    return source.args[0] if source.target is dialect.round_activations.default else source  # type: ignore[return-value]
 
 
 def copied(source: fx.Graph) -> fx.Graph:

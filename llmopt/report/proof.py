@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from llmopt.ir.feed import limit_chunk, run_sequence
 from llmopt.ir.module import Module
 from llmopt.ir.rewrite import arguments
-from llmopt.ir.sites import LINEAR_Q, restored
+from llmopt.ir.sites import LINEAR_Q, restored, unrounded
 from llmopt.report.accuracy import kl_divergence
 from llmopt.report.evaluate import Scores, summarize
 
@@ -73,7 +73,7 @@ class OutputErrors:
     def __init__(self, module: Module) -> None:
         self.module = module
         self.names = {node: name for name, node in quantized_linears(module)}
-        self.wanted = {arguments(node)[0] for node in self.names}
+        self.wanted = {unrounded(arguments(node)[0]) for node in self.names}
         self.inputs: dict[fx.Node, Tensor] = {}
         self.sums = {name: [0.0, 0.0] for name in self.names.values()}
 
@@ -89,7 +89,7 @@ class OutputErrors:
         if (name := self.names.get(node)) is None:
             return
         bias = arguments(node)[4]
-        exact = F.linear(self.inputs[arguments(node)[0]], self.module.originals[name].tensor())
+        exact = F.linear(self.inputs[unrounded(arguments(node)[0])], self.module.originals[name].tensor())
         made = value if bias is None else value - self.module.weights[str(bias.target)].tensor()
         self.sums[name][0] += float((made - exact).double().pow(2).sum())
         self.sums[name][1] += float(exact.double().pow(2).sum())

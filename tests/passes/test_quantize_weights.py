@@ -244,3 +244,46 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
         scores = model(window).logits[:, :-1].float().flatten(0, 1)
         total += float(torch.nn.functional.cross_entropy(scores, window[:, 1:].flatten(), reduction="sum"))
     return float(torch.tensor(total / ids[:, 1:].numel()).exp())
+
+
+@pytest.mark.parametrize(
+    ("scales", "rows", "columns"), [("channel", 1, 256), ("tensor", 128, 256), ("blocks", 128, 128)]
+)
+def test_fp8_equals_rounding_by_hand(scales: str, rows: int, columns: int) -> None:
+    def module() -> Module:
+        b = Builder()
+        return b.finish(b.linear(b.linear(b.embed(256), "a", 128), "lm_head", 17))
+
+    expected = module()
+    scheme = Scheme("fp8_e4m3", 8, rows, columns)
+    weight = expected.weights["a.weight"]
+    expected.weights["a.weight"] = Constant(RoundToNearest("a", weight, scheme).tensor().dequantize())
+    made = module()
+    assert rewrites(made, ("quantize_weights", {"format": "fp8_e4m3", "scales": scales})) == 1
+    torch.testing.assert_close(logits(made), logits(expected), rtol=1e-5, atol=1e-5)
+    assert made.weights["a.weight.codes"].dtype == torch.float8_e4m3fn
+    assert made.weights["a.weight.scales"].shape == (128 // rows, 256 // columns)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "fp8_e4m3", "bits": 4}, "fp8_e4m3 takes 8 bits, symmetric, and no group_size"),
+        ({"format": "fp8_e4m3", "group_size": 32}, "fp8_e4m3 takes 8 bits"),
+        ({"scales": "tensor"}, "scales of integers are set by group_size"),
+    ],
+)
+def test_options_that_do_not_go_together(options: Options, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_pass("quantize_weights", options)
+
+
+def test_a_target_without_fp8_is_refused() -> None:
+    ctx = PassContext(TargetInfo("t", quant_bits=(8,)), torch.float32)
+    with pytest.raises(PassError, match="target t has no fp8_e4m3 weights"):
+        PassManager().run(two_layers(), [build_pass("quantize_weights", {"format": "fp8_e4m3"})], ctx)
+
+
+def test_fp8_blocks_must_divide() -> None:
+    with pytest.raises(PassError, match="group_size 128 does not divide its 32 input features"):
+        run(two_layers(), ("quantize_weights", {"format": "fp8_e4m3", "scales": "blocks"}))

@@ -1,5 +1,5 @@
 """The llmopt op dialect: schema, fake and reference of each op, one family a file. Importing registers all."""
 
-from llmopt.ir.ops import activation, attention, kv, linear, moe, norm, rope
+from llmopt.ir.ops import activation, attention, kv, linear, moe, norm, rope, rounding
 
-__all__ = ["activation", "attention", "kv", "linear", "moe", "norm", "rope"]
+__all__ = ["activation", "attention", "kv", "linear", "moe", "norm", "rope", "rounding"]

@@ -1,0 +1,71 @@
+"""Move the outliers of activations into weights, so that both round to int8 (SmoothQuant)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmopt.calibration.session import Group, Statistics, require_calibration, walk_groups
+from llmopt.ir.folding import Folding, find_folding
+from llmopt.ir.module import Module
+from llmopt.ir.pass_manager import Pass, PassContext
+from llmopt.ir.sites import Choice
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Pass):
+    """Matches linears that read one input. Replaces their weights with weights scaled a channel, what makes the input
+    (a norm, the ungated half of a gated product, attention's values) with the inverse, exactly. After Xiao et al.,
+    "SmoothQuant" (2023).
+
+    A channel's scale is max|x|^alpha / max|w|^(1 - alpha), max|x| taken on calibration text. List quantize_weights and
+    quantize_activations after it. ``include``, ``exclude``: as quantize_weights; linears of one input are smoothed
+    together or not at all.
+    """
+
+    name: ClassVar[str] = "smoothquant"
+    calibrates: ClassVar[bool] = True
+    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up")
+
+    alpha: float = 0.5
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is between 0 and 1, not {self.alpha}")
+
+    def requires(self, module: Module, ctx: PassContext) -> None:
+        """There is calibration text and one function without states."""
+        require_calibration(self, module, ctx)
+
+    def run(self, module: Module, ctx: PassContext) -> int:
+        """One rewrite a group of linears."""
+        (function,) = self.served(module)
+        choice = Choice(f"pass {self.name}", self.include, self.exclude)
+        sites = [site for _, site in choice.sites(module, [function])]
+        if ctx.calibration is None:
+            return 0
+        count = 0
+        for group in walk_groups(self, module, function, sites, ctx.calibration):
+            folding = find_folding(group.input)
+            if folding is None or not {site.node for site in group.sites}.issuperset(folding.readers):
+                continue
+            saved = group.saved("scale", partial(self._scale, module, group, folding)).tensors()["scale"]
+            folding.apply(module, function, 1 / saved)
+            group.walk.rescale(group.input, 1 / saved)
+            count += 1
+        return count
+
+    def _scale(self, module: Module, group: Group, folding: Folding) -> dict[str, Tensor]:
+        weights = [module.weights[site.weights[0]].tensor().float().abs().amax(0) for site in group.sites]
+        largest = torch.stack(weights).amax(0).clamp(min=1e-5)
+        scale = Statistics(group).largest.clamp(min=1e-5).pow(self.alpha) / largest.pow(1 - self.alpha)
+        return {"scale": folding.tie(scale)}
+
+
+PASS = SmoothQuant
