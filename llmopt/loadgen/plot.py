@@ -14,12 +14,12 @@ from llmopt.loadgen.client import Record
 from llmopt.loadgen.drive import Run
 
 Points = list[tuple[float, float]]
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 520, 240, 58, 40, 14
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 520, 240, 58, 24, 40, 14
 POINTS = 400
 """Points a curve is drawn with at most."""
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
-body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+body { max-width: 74rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .9rem .2rem 0; text-align: right }
 th:first-child, td:first-child { text-align: left }
@@ -34,6 +34,7 @@ pre { overflow-x: auto }
 def page(summary: dict[str, Any], run: Run) -> str:
     """The whole page."""
     title = f"{summary['model']} at {summary['url']}"
+    about = "; ".join(filter(None, (summary["label"], summary["load"], summary["date"])))
     good = [r for r in run.records if r.error is None]
     figures = [
         chart("Time to first token", "ms", "share of requests", cdf([r.ttft for r in good if r.ttft is not None])),
@@ -46,7 +47,7 @@ def page(summary: dict[str, Any], run: Run) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1>\n{latency_table(summary)}\n{''.join(figures)}\n"
+        f"<body><h1>{escape(title)}</h1>\n<p>{escape(about)}</p>\n{latency_table(summary)}\n{''.join(figures)}\n"
         f"<details><summary>All figures</summary><pre>{escape(json.dumps(summary, indent=2))}</pre></details>"
         "</body></html>\n"
     )
@@ -98,7 +99,7 @@ def chart(title: str, x_label: str, y_label: str, points: Points) -> str:
     if not points:
         return f"<figure><figcaption>{title}: nothing measured</figcaption></figure>"
     xs, ys = ticks(0, max(x for x, _ in points)), ticks(0, max(y for _, y in points))
-    wide, high = WIDTH - LEFT - 12, HEIGHT - BOTTOM - TOP
+    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP
 
     def place(x: float, y: float) -> tuple[float, float]:
         return LEFT + x / xs[-1] * wide, TOP + high - y / ys[-1] * high
