@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,6 +23,8 @@ MAX_SOURCE = 1 << 20
 KEPT = 256
 """Compiled grammars kept for the next request that asks for the same."""
 ALL = np.uint32(2**32 - 1)
+PARALLEL, MOST_THREADS = 16, 8
+"""Masks from which on several threads fill them, and how many."""
 COMPILE_FUEL = 10_000_000
 """llguidance's measure of the work a grammar may cause when it is compiled: about 0.2 s."""
 
@@ -101,13 +102,12 @@ _NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "
 
 
 class Constraints:
-    """Grammar states of the sequences under way; masks are filled by other threads while the device works."""
+    """Grammar states of the sequences under way."""
 
     def __init__(self, compiler: GrammarCompiler | None) -> None:
         self.compiler = compiler
         self._matchers: dict[int, Any] = {}
-        self._filling: dict[int, Future[Bitmask]] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads: Any = None
 
     def __contains__(self, seq_id: int) -> bool:
         return seq_id in self._matchers
@@ -120,8 +120,6 @@ class Constraints:
 
     def accept(self, seq_id: int, token: int) -> RequestError | None:
         """A token was drawn; the reason when the sequence cannot go on (its grammar needs more work than allowed)."""
-        if seq_id in self._filling:
-            self._filling.pop(seq_id).result()  # a matcher has one user at a time
         matcher = self._matchers.get(seq_id)
         if matcher is None or matcher.consume_token(token):
             return None
@@ -130,52 +128,52 @@ class Constraints:
     def forget(self, seq_id: int) -> None:
         """The sequence has ended; one without a grammar is fine."""
         self._matchers.pop(seq_id, None)
-        self._filling.pop(seq_id, None)
 
     def masks(self, seq_ids: Sequence[int]) -> Mapping[int, Bitmask]:
-        """Masks of the next token of those sequences that have a grammar, computed in the background.
+        """Masks of the next token of those sequences that have a grammar, all filled when the first one is read.
 
-        Reading one waits for it: an executor reads them once its forward pass runs.
+        An executor reads them once its forward pass runs: filling them takes host time while the device works.
         """
-        chosen = [seq_id for seq_id in seq_ids if seq_id in self._matchers]
-        if not chosen:
-            return {}
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) - 1)), "grammar")
+        chosen = {seq_id: self._matchers[seq_id] for seq_id in seq_ids if seq_id in self._matchers}
+        return _Masks(chosen, self._fill) if chosen else {}
+
+    def _fill(self, matchers: Sequence[Any]) -> npt.NDArray[np.uint32]:
+        """Masks (n, words), by several threads when there are many."""
         assert self.compiler is not None
-        words = self.compiler.words
-        pending = {i: self._pool.submit(_fill, self._matchers[i], words) for i in chosen}
-        self._filling |= pending
-        return _Masks(pending)
+        masks = np.zeros((len(matchers), self.compiler.words), np.uint32)
+        if len(matchers) < PARALLEL:
+            for matcher, mask in zip(matchers, masks):
+                matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        else:
+            if self._threads is None:
+                from llguidance import LLExecutor
 
-    def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _fill(matcher: Any, words: int) -> Bitmask:
-    mask = np.zeros(words, np.uint32)
-    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-    if matcher.is_error() or not mask.any():
-        mask[:] = ALL  # the token drawn will not be accepted, which ends this request and no other
-    return mask
+                self._threads = LLExecutor(max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1)))
+            numbered = list(zip(matchers, range(len(matchers))))
+            self._threads.unsafe_compute_mask_ptr(numbered, masks.ctypes.data, masks[0].nbytes, len(matchers))
+        for matcher, mask in zip(matchers, masks):
+            if matcher.is_error() or not mask.any():
+                mask[:] = ALL  # the token drawn will not be accepted, which ends this request and no other
+        return masks
 
 
 class _Masks(Mapping[int, Bitmask]):
-    """Masks that are still being computed."""
+    """Masks that are filled when one is needed."""
 
-    def __init__(self, pending: dict[int, Future[Bitmask]]) -> None:
-        self._pending = pending
+    def __init__(self, matchers: dict[int, Any], fill: Callable[[Sequence[Any]], npt.NDArray[np.uint32]]) -> None:
+        self._matchers, self._fill = matchers, fill
+        self._filled: dict[int, Bitmask] = {}
 
     def __getitem__(self, seq_id: int) -> Bitmask:
-        return self._pending[seq_id].result()
+        if not self._filled:
+            self._filled = dict(zip(self._matchers, self._fill(list(self._matchers.values()))))
+        return self._filled[seq_id]
 
     def __contains__(self, seq_id: object) -> bool:
-        return seq_id in self._pending
+        return seq_id in self._matchers
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._pending)
+        return iter(self._matchers)
 
     def __len__(self) -> int:
-        return len(self._pending)
+        return len(self._matchers)

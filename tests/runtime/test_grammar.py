@@ -146,7 +146,19 @@ def test_masks_are_the_matchers(compiler):
     texts = [compiler._source.token_bytes(int(i)).decode() for i in allowed]
     assert texts
     assert all(re.fullmatch("[0-9]{1,3}", t) for t in texts)
-    constraints.close()
+
+    with pytest.raises(KeyError):
+        masks[8]
+
+
+def test_many_masks_are_those_of_each_alone(compiler):
+    constraints = Constraints(compiler)
+    for seq_id in range(40):
+        constraints.add(seq_id, DIGITS if seq_id % 3 else SCHEMA_GRAMMAR)
+    together = constraints.masks(range(40))
+    for seq_id in range(40):
+        assert np.array_equal(together[seq_id], constraints.masks([seq_id])[seq_id])
+        assert together[seq_id].any()
 
 
 def test_compiled_grammars_are_kept(compiler):
