@@ -218,7 +218,6 @@ class EngineCore:
 
     def close(self) -> None:
         """Free the executor."""
-        self.constraints.close()
         self.executor.close()
 
 
