@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmopt.program import OpCall
 from targets.cuda.fusion import ABSENT, LINEAR
+from targets.cuda.kernel import CallSite, Selection
 from targets.cuda.kernels import gemm, gemm_persistent, gemm_stream
-from tests.targets.cuda.kernels.harness import Memory, close, run, select
+from tests.targets.cuda.kernels.harness import Memory, close, execute, run, select
 
 BF16 = torch.bfloat16
 FORMS: list[dict[str, Any]] = [
@@ -103,3 +105,26 @@ def test_a_norm_is_refused() -> None:
     out = memory.put("out", torch.empty(1, 70, 176))
     for module in (gemm, gemm_persistent, gemm_stream):
         assert select(module.KERNEL, LINEAR, placed, [out]) == "it does not normalize its input"
+
+
+@pytest.mark.parametrize("name", ["gemm_stream", "gemm_persistent"])
+@pytest.mark.parametrize("real", [1, 70, 130])
+def test_rows_that_pad_a_step_are_not_computed(name: str, real: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tiles that hold one of the step's real rows are written."""
+    monkeypatch.setitem(KERNELS[name].SM_COUNT, 90, 5)
+    v = operands(130, 96, 136)
+    memory = Memory()
+    placed = {key: memory.put(key, x) if isinstance(x, Tensor) else x for key, x in v.items()}
+    memory.put("cu_seqlens", torch.tensor([0, 1, real], dtype=torch.int32))
+    out = memory.put("out", torch.full((1, 130, 96), float("nan")).to(BF16))
+    tuning = {name: {"bfloat16 130x96x136": TILES[name]}}
+    call = OpCall(LINEAR, {}, ("out",))
+    site = CallSite(call, {}, placed, (out,), {"T": 130, "N": 2}, "extend", 90, tuning)
+    found = KERNELS[name].KERNEL.select(site)
+    assert isinstance(found, Selection)
+    for launch in found.launches:
+        execute(launch, memory)
+    memory.check_guards()
+    written = memory.get(out)[0]
+    close(written[:real], exact(v)[0, :real])
+    assert written[-(-real // 32) * 32 :].isnan().all()
