@@ -1,6 +1,6 @@
 """Host time of a step: engine core, scheduler and input building over an executor that returns at once.
 
-python benchmarks/host_cost.py --batch 64 256 --append benchmarks/rows/host/host_cost.jsonl
+python benchmarks/host_cost.py --batch 64 256 --append benchmarks/rows/serve/host.jsonl
 
 A closed loop keeps the batch full: whenever a request ends, the next one is added, so admissions, prompt chunks,
 prefix matching and ends are in the numbers, as is the encoding of a step's tokens for the API process.

@@ -1,4 +1,4 @@
-"""The serving section of docs/benchmarks.md: rows of ``llmopt bench serve --append`` and of soaks in rows/serve/."""
+"""The serving section of docs/benchmarks.md: rows of ``llmopt bench serve``, of soaks, of host cost in rows/serve/."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-LOAD, SOAK = "load*.jsonl", "soak*.jsonl"
+LOAD, SOAK, HOST = "load*.jsonl", "soak*.jsonl", "host*.jsonl"
 
 
 def serving_section(folder: Path) -> str:
     """Markdown of every row, in the order measured; empty without rows."""
     loads, soaks = ([load_cells(r) for r in read(folder, LOAD)], [soak_cells(r) for r in read(folder, SOAK)])
+    hosts = [host_cells(r) for r in read(folder, HOST)]
     parts = []
     if loads:
         parts.append("## Serving\n\nRows of `llmopt bench serve`; times are p50 / p99 in ms.\n\n" + table(loads))
     if soaks:
         parts.append("## Soaks\n\nRows of `benchmarks/soak.py`.\n\n" + table(soaks))
+    if hosts:
+        what = "Rows of `benchmarks/host_cost.py`: processor time of a step over an executor that does nothing."
+        parts.append(f"## Host cost\n\n{what}\n\n" + table(hosts))
     return "\n".join(part + "\n" for part in parts)
 
 
@@ -61,6 +65,22 @@ def soak_cells(row: Row) -> dict[str, object]:
         "/health p99 ms": row["health_ms_p99"],
         "timer late p99 ms": row["timer_late_ms_p99"],
         "problems": row["problems"],
+        "commit": row["commit"],
+        "date": row["date"],
+    }
+
+
+def host_cells(row: Row) -> dict[str, object]:
+    """One closed loop over the null executor."""
+    return {
+        "machine": row["machine"],
+        "batch": row["batch"],
+        "waiting": row["waiting"],
+        "callers": row["tenants"],
+        "ms/step": row["cpu_ms"],
+        "mean": row["cpu_ms_mean"],
+        "p99": row["cpu_ms_p99"],
+        "encoding for the API process": row["wire_ms"],
         "commit": row["commit"],
         "date": row["date"],
     }
