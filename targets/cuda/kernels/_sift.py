@@ -1,8 +1,8 @@
 """Second part of sampling: the few entries that top-k, top-p or min-p can keep, found without sorting.
 
-Sixteen levels below the largest entry are counted and weighed in one pass over the row, and sixteen more between the
-two of them that matter; the highest level that loses nothing wanted decides, and what lies above it is copied out in
-order of id. When that is more than LIST entries (a flat distribution with top-p), the draw reads the whole row instead.
+A sample of the row tells at which level some hundred, some thousand entries lie above; what does is counted and weighed
+exactly, the highest level that loses nothing wanted decides, and what lies above it is copied out in order of id. When
+that is more than LIST entries (a flat distribution with top-p), the draw reads the whole row instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import triton.language as tl
 from ._common import pdl_release, pdl_wait
 from ._edit import INVERSE, MIN_P, RECORD, TEMPERATURE, TOP_K, TOP_P, number
 
-LEVELS = tl.constexpr(16)
+LEVELS = tl.constexpr(8)
+USED = tl.constexpr(5)
+"""Levels in use: three by rank, that of min-p, and the one below everything."""
 
 
 @triton.jit
@@ -49,137 +51,131 @@ def row_weight(peaks, weights, row, top, inverse, PARTS: tl.constexpr, PP: tl.co
 
 
 @triton.jit
-def tally(
-    x, chunk, level, levels, counts, masses, top, inverse, V: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr
-):
-    """Entries of a chunk at or above each level (LEVELS,), and their weight; x, counts and masses are the row's."""
-    count = tl.zeros((LEVELS, LANES), tl.int32)
-    mass = tl.zeros((LEVELS, LANES), tl.float32)
-    for start in range(0, CHUNK, LANES):
-        v = chunk * CHUNK + start + tl.arange(0, LANES)
-        value = tl.load(x + v, mask=v < V, other=float("-inf"))
-        above = (value[None, :] >= level[:, None]) & (value > float("-inf"))[None, :]
-        count += above.to(tl.int32)
-        mass += tl.where(above, tl.exp((value - top) * inverse)[None, :], 0.0)
-    n = tl.arange(0, LEVELS)
-    if chunk == 0:
-        tl.store(levels + n, level)
-    tl.store(counts + chunk * LEVELS + n, tl.sum(count, 1))
-    tl.store(masses + chunk * LEVELS + n, tl.sum(mass.to(tl.float64), 1))
-
-
-@triton.jit
-def census(
-    x, slots, records, peaks, levels, counts, masses,
-    V: tl.constexpr, PITCH: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+def gauge(
+    x, slots, records, peaks, levels,
+    V: tl.constexpr, PITCH: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr, SAMPLE: tl.constexpr,
+    LIST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """levels (M, LEVELS) fp32, 0.25 to 14 nats below the largest entry, the last one below everything; counts int32
-    and masses fp64 (M, CHUNKS, LEVELS): entries of a chunk at or above each of them, and their weight."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """levels (M, LEVELS) fp32: above the first three lie about LIST / 16, LIST / 4 and 3/4 LIST entries (as a sample
+    of SAMPLE entries has it), above the fourth what min-p keeps, above the fifth everything."""
+    row = tl.program_id(0).to(tl.int64)
     pdl_release(PDL)
     pdl_wait(PDL)
     slot = tl.load(slots + row).to(tl.int64)
     record = records + tl.maximum(slot, 0) * RECORD
     if (slot >= 0) & filtered(record, V):
         top = row_peak(peaks, row, PARTS, PP)
+        size: tl.constexpr = V if V < SAMPLE else SAMPLE
+        i = tl.arange(0, SAMPLE)
+        at = i if V < SAMPLE else (i.to(tl.int64) * V // SAMPLE).to(tl.int32)
+        value = tl.load(x + row * PITCH + at, mask=i < size, other=float("-inf"))
+        finite = value > float("-inf")
+        count = tl.sum(finite.to(tl.int32))
+        mean = tl.sum(tl.where(finite, value, 0.0)) / tl.maximum(count, 1).to(tl.float32)
+        width = tl.maximum(top - mean, 1e-20) * 0.00390625
+        bins = tl.minimum((top - tl.maximum(value, mean)) / width, 255.0).to(tl.int32)
+        total = tl.cumsum(tl.histogram(bins, 256), 0)
         n = tl.arange(0, LEVELS)
-        depth = 0.25 * tl.exp2(0.42 * n.to(tl.float32)) * number(record + TEMPERATURE)
-        level = tl.where(n < LEVELS - 1, top - depth, float("-inf"))
-        at = row * CHUNKS * LEVELS
-        tally(x + row * PITCH, chunk, level, levels + row * LEVELS, counts + at, masses + at, top,
-              number(record + INVERSE), V, CHUNK, LANES)  # fmt: skip
+        rank = tl.where(n == 0, LIST // 16, tl.where(n == 1, LIST // 4, LIST * 3 // 4)) * size // V
+        bin = tl.sum((total[:, None] < rank[None, :]).to(tl.int32), 0)
+        level = tl.where((n < 3) & (bin < 255), top - (bin + 1).to(tl.float32) * width, float("-inf"))
+        least = top + (tl.log(number(record + MIN_P)) - 0.0001) * number(record + TEMPERATURE)
+        level = tl.where(n == 3, least, level)  # log(0) is below everything, too
+        tl.store(levels + row * LEVELS + n, level)
 
 
 @triton.jit
-def sums(counts, masses, row, CHUNKS: tl.constexpr, CP: tl.constexpr):
-    """A row's counts by chunk (CP, LEVELS), and its masses (LEVELS,)."""
-    c, n = tl.arange(0, CP), tl.arange(0, LEVELS)
-    cell = (row * CHUNKS + c[:, None]) * LEVELS + n[None, :]
-    mass = tl.load(masses + cell, mask=(c < CHUNKS)[:, None], other=0.0)
-    return tl.load(counts + cell, mask=(c < CHUNKS)[:, None], other=0), tl.sum(mass, 0)
+def census(
+    x, slots, records, peaks, levels, counts, masses,
+    V: tl.constexpr, PITCH: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr, STRETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """counts int32 and masses fp64 (M, PARTS, LEVELS): a stretch's entries at or above each level, their weight."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v = part * STRETCH + tl.arange(0, STRETCH)
+    pdl_release(PDL)
+    pdl_wait(PDL)
+    slot = tl.load(slots + row).to(tl.int64)
+    record = records + tl.maximum(slot, 0) * RECORD
+    if (slot >= 0) & filtered(record, V):
+        top = row_peak(peaks, row, PARTS, PP)
+        value = tl.load(x + row * PITCH + v, mask=v < V, other=float("-inf"))
+        weight = tl.exp((value - top) * number(record + INVERSE))
+        to = (row * PARTS + part) * LEVELS
+        for level in tl.static_range(USED):
+            above = (value >= tl.load(levels + row * LEVELS + level)) & (value > float("-inf"))
+            tl.store(counts + to + level, tl.sum(above.to(tl.int32)))
+            tl.store(masses + to + level, tl.sum(tl.where(above, weight, 0.0)).to(tl.float64))
 
 
 @triton.jit
 def highest(record, count, mass, level, top, total, V: tl.constexpr):
-    """The first level that keeps all that is wanted. With top-k the share of top-p is one of what top-k keeps, which
-    only the draw knows."""
+    """The highest level that keeps all that is wanted, and the next one above it, which does not. With top-k the share
+    of top-p is one of what top-k keeps, which only the draw knows."""
     top_k, top_p, min_p = tl.load(record + TOP_K), wide(record + TOP_P), number(record + MIN_P)
     by_k = (top_k > 0) & (top_k < V)
     enough = by_k & (count >= top_k)
     enough |= (by_k == 0) & (top_p < 1) & (mass >= top_p * total * 1.000001)
     light = tl.exp((level - top) * number(record + INVERSE)) < min_p * 0.99999
     enough |= ((by_k == 0) | (top_p >= 1)) & light
-    n = tl.arange(0, LEVELS)
-    return tl.min(tl.where(enough, n, LEVELS - 1))
+    low = tl.max(tl.where(enough, level, float("-inf")))
+    return low, tl.min(tl.where((enough == 0) & (level > low), level, top))
 
 
 @triton.jit
-def refine(
-    x, slots, records, peaks, weights, levels, counts, masses, fine_levels, fine_counts, fine_masses,
-    V: tl.constexpr, PITCH: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr, CHUNKS: tl.constexpr,
-    CP: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+def choose(
+    slots, records, peaks, weights, levels, counts, masses, found, bounds, starts,
+    V: tl.constexpr, LIST: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A census of levels between the one that ``highest`` chose and the one above it."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """found (M,) int32: how many entries may be kept, or -1 when they are more than LIST; bounds (M, 2) fp32: they are
+    at least the first, and what is kept for its count or weight reaches down at least to the second; starts
+    (M, PARTS, 2) int32: where each stretch's part of the list begins and ends."""
+    row = tl.program_id(0).to(tl.int64)
     pdl_release(PDL)
     pdl_wait(PDL)
     slot = tl.load(slots + row).to(tl.int64)
     record = records + tl.maximum(slot, 0) * RECORD
     if (slot >= 0) & filtered(record, V):
         top, inverse = row_peak(peaks, row, PARTS, PP), number(record + INVERSE)
-        n = tl.arange(0, LEVELS)
-        count, mass = sums(counts, masses, row, CHUNKS, CP)
+        p, n = tl.arange(0, PP), tl.arange(0, LEVELS)
+        cell = (row * PARTS + p[:, None]) * LEVELS + n[None, :]
+        there = (p < PARTS)[:, None] & (n < USED)[None, :]
+        count = tl.load(counts + cell, mask=there, other=0)
+        mass = tl.sum(tl.load(masses + cell, mask=there, other=0.0), 0)
         total = tl.sum(row_weight(peaks, weights, row, top, inverse, PARTS, PP))
         level = tl.load(levels + row * LEVELS + n)
-        chosen = highest(record, tl.sum(count, 0), mass, level, top, total, V)
-        low = tl.load(levels + row * LEVELS + chosen)
-        high = tl.load(levels + row * LEVELS + tl.maximum(chosen - 1, 0))
-        high = tl.where(chosen > 0, high, top)
-        step = tl.where(low > float("-inf"), (high - low) * 0.0625, 2 * number(record + TEMPERATURE))
-        level = tl.where(n < LEVELS - 1, high - step * (n + 1).to(tl.float32), low)
-        at = row * CHUNKS * LEVELS
-        tally(x + row * PITCH, chunk, level, fine_levels + row * LEVELS, fine_counts + at, fine_masses + at, top,
-              inverse, V, CHUNK, LANES)  # fmt: skip
+        low, high = highest(record, tl.sum(count, 0), mass, level, top, total, V)
+        first = tl.min(tl.where((level == low) & (n < USED), n, LEVELS))
+        lengths = tl.sum(tl.where(n[None, :] == first, count, 0), 1)
+        length = tl.sum(lengths)
+        tl.store(found + row, tl.where(length <= LIST, length, -1))
+        tl.store(bounds + 2 * row, low)
+        tl.store(bounds + 2 * row + 1, high)
+        ends = tl.cumsum(lengths, 0)
+        at = starts + (row * PARTS + p) * 2
+        tl.store(at, ends - lengths, mask=p < PARTS)
+        tl.store(at + 1, ends, mask=p < PARTS)
 
 
 @triton.jit
 def sift(
-    x, slots, records, peaks, weights, fine_levels, fine_counts, fine_masses, ids, found, bounds,
-    V: tl.constexpr, PITCH: tl.constexpr, LIST: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
-    CHUNKS: tl.constexpr, CP: tl.constexpr, CHUNK: tl.constexpr, STRETCH: tl.constexpr, PDL: tl.constexpr,
+    x, slots, records, found, bounds, starts, ids,
+    V: tl.constexpr, PITCH: tl.constexpr, LIST: tl.constexpr, PARTS: tl.constexpr, STRETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Copies what may be kept behind the row, x[row, V:], and its ids to ids (M, LIST). found (M,) int32: how many,
-    or -1 when they are more than LIST; bounds (M, 2) fp32: what may be kept is at least the first, and what is kept
-    because of its count or weight reaches no further down than the second."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Copies what may be kept behind the row, x[row, V:], and its ids to ids (M, LIST)."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pdl_release(PDL)
     pdl_wait(PDL)
     slot = tl.load(slots + row).to(tl.int64)
     record = records + tl.maximum(slot, 0) * RECORD
     if (slot >= 0) & filtered(record, V):
-        top, inverse = row_peak(peaks, row, PARTS, PP), number(record + INVERSE)
-        c, n = tl.arange(0, CP), tl.arange(0, LEVELS)
-        count, mass = sums(fine_counts, fine_masses, row, CHUNKS, CP)
-        total = tl.sum(row_weight(peaks, weights, row, top, inverse, PARTS, PP))
-        level = tl.load(fine_levels + row * LEVELS + n)
-        chosen = highest(record, tl.sum(count, 0), mass, level, top, total, V)
-        lengths = tl.sum(tl.where(n[None, :] == chosen, count, 0), 1)
-        all_of_them = tl.sum(lengths)
-        low = tl.load(fine_levels + row * LEVELS + chosen)
-        if chunk == 0:
-            above = tl.load(fine_levels + row * LEVELS + tl.maximum(chosen - 1, 0))
-            tl.store(found + row, tl.where(all_of_them <= LIST, all_of_them, -1))
-            tl.store(bounds + 2 * row, low)
-            tl.store(bounds + 2 * row + 1, tl.where(chosen > 0, above, top))
-        mine = tl.sum(tl.where(c == chunk, lengths, 0))
-        if (all_of_them <= LIST) & (mine > 0):
-            at = tl.sum(tl.where(c < chunk, lengths, 0))
-            for start in range(0, CHUNK, STRETCH):
-                v = chunk * CHUNK + start + tl.arange(0, STRETCH)
-                value = tl.load(x + row * PITCH + v, mask=v < V, other=float("-inf"))
-                above = (value >= low) & (value > float("-inf"))
-                to = at + tl.cumsum(above.to(tl.int32), 0) - 1
-                tl.store(x + row * PITCH + V + to, value, mask=above)
-                tl.store(ids + row * LIST + to, v, mask=above)
-                at += tl.sum(above.to(tl.int32))
+        at = tl.load(starts + (row * PARTS + part) * 2)
+        end = tl.load(starts + (row * PARTS + part) * 2 + 1)
+        if (tl.load(found + row) >= 0) & (end > at):
+            v = part * STRETCH + tl.arange(0, STRETCH)
+            value = tl.load(x + row * PITCH + v, mask=v < V, other=float("-inf"))
+            above = (value >= tl.load(bounds + 2 * row)) & (value > float("-inf"))
+            to = at + tl.cumsum(above.to(tl.int32), 0) - 1
+            tl.store(x + row * PITCH + V + to, value, mask=above)
+            tl.store(ids + row * LIST + to, v, mask=above)

@@ -5,9 +5,9 @@ what top-k left, min-p; ties go to the lowest id; the draw inverts the cumulativ
 randomness is Philox by (seed, position), so that a draw depends on nothing else. Weights are fp32 exponentials
 (relative error about 1e-6), sums fp64: a draw whose number falls that close to a boundary may differ from the host's.
 
-Op (not of the IR: the executor's sampling graph): ``llmopt.sample``. Six launches: edit, count what lies above some
-levels, and again between two of them, copy out what may be kept, draw, report log-probabilities; rows that don't need
-one leave it at once.
+Op (not of the IR: the executor's sampling graph): ``llmopt.sample``. Seven launches: edit, find levels by a sample,
+count what lies above them, choose one, copy out what does, draw, report log-probabilities; rows that don't need one
+leave it at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import triton.language as tl
 from ..kernel import CallSite, Scratch, Selection
 from ._common import cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2
 from ._edit import INVERSE, LOGPROBS, MIN_P, RECORD, SEED, TEMPERATURE, TOP_K, TOP_P, counted, edit, number
-from ._sift import LEVELS, census, filtered, refine, row_weight, sift, wide
+from ._sift import LEVELS, census, choose, filtered, gauge, row_weight, sift, wide
 
 STRETCH = 2048
 """Vocabulary entries a program: 63 programs a row at 128k, enough loads in flight for one row."""
 
-CHUNK = 8192
-"""Vocabulary entries a program that counts: 16 programs a row at 128k, so that rows that don't count end quickly."""
+SAMPLE = 8192
+"""Entries of a row that say where the levels lie."""
 
 LIST = 4096
 """Entries that may be kept before the draw reads the whole row instead."""
@@ -80,7 +80,16 @@ def heavier(x, n, top, inverse, low, step, BLOCK: tl.constexpr, COUNT: tl.conste
         a += tl.where(key >= reach(low, step), w, 0).to(kind)
         b += tl.where(key >= reach(low, 2 * step), w, 0).to(kind)
         c += tl.where(key >= reach(low, 3 * step), w, 0).to(kind)
-    return tl.sum(a.to(tl.float64)), tl.sum(b.to(tl.float64)), tl.sum(c.to(tl.float64))
+    if COUNT:  # one reduction for all three: a row has less than 2^20 entries
+        packed = tl.sum(a.to(tl.int64) | (b.to(tl.int64) << 20) | (c.to(tl.int64) << 40))
+        found = (
+            (packed & 0xFFFFF).to(tl.float64),
+            ((packed >> 20) & 0xFFFFF).to(tl.float64),
+            (packed >> 40).to(tl.float64),
+        )
+    else:
+        found = tl.sum(a.to(tl.float64)), tl.sum(b.to(tl.float64)), tl.sum(c.to(tl.float64))
+    return found
 
 
 @triton.jit
@@ -299,28 +308,29 @@ class Sampling:
     ops: tuple[str, ...] = ("llmopt.sample",)
 
     def select(self, site: CallSite) -> Selection | str:
-        """Six launches over dense logits."""
+        """Seven launches over dense logits."""
         v: Any = site.values
         logits = v["logits"]
         if not logits.contiguous:
             return "the logits are strided"
         rows, vocabulary = logits.shape[-2:]
-        parts, chunks = cdiv(vocabulary, STRETCH), cdiv(vocabulary, CHUNK)
-        pitch, cell, tallies = -(-(vocabulary + LIST) // 4) * 4, rows * parts, rows * chunks * LEVELS.value
+        if vocabulary >= 1 << 20:
+            return f"a vocabulary of {vocabulary}: counts of less than 2^20 are packed"
+        parts = cdiv(vocabulary, STRETCH)
+        pitch, cell, tallies = -(-(vocabulary + LIST) // 4) * 4, rows * parts, rows * parts * LEVELS.value
         types = {
             "x": ("*fp32", rows * pitch), "ids": ("*i32", rows * LIST), "found": ("*i32", rows),
             "peaks": ("*fp32", cell), "places": ("*i32", cell), "weights": ("*fp64", cell),
             "raw_peaks": ("*fp32", cell), "raw_places": ("*i32", cell), "raw_weights": ("*fp64", cell),
             "bounds": ("*fp32", 2 * rows), "levels": ("*fp32", rows * LEVELS.value), "counts": ("*i32", tallies),
-            "masses": ("*fp64", tallies), "fine_levels": ("*fp32", rows * LEVELS.value),
-            "fine_counts": ("*i32", tallies), "fine_masses": ("*fp64", tallies),
+            "masses": ("*fp64", tallies), "starts": ("*i32", 2 * cell),
         }  # fmt: skip
         scratch = {n: Scratch(n, (8 if kind == "*fp64" else 4) * count) for n, (kind, count) in types.items()}
         tensors = {**scratch, **v, "tokens": v["out"], "reports": site.outputs[0]}
         constants = {
             "V": vocabulary, "PITCH": pitch, "WORDS": v["masks"].shape[1], "WIDTH": v["bias_ids"].shape[1],
             "PARTS": parts, "PP": pow2(parts), "STRETCH": STRETCH, "LIST": LIST, "BLOCK": LIST,
-            "CHUNKS": chunks, "CP": pow2(chunks), "CHUNK": CHUNK, "LANES": 256,
+            "SAMPLE": SAMPLE,
             "MOST": (site.outputs[0].shape[1] - 1) // 2,
         }  # fmt: skip
 
@@ -333,9 +343,10 @@ class Sampling:
 
         launches = (
             made(edit, parts, 4, nbytes(logits) + 4 * rows * vocabulary),
-            made(census, chunks, 8),
-            made(refine, chunks, 8),
-            made(sift, chunks, 8),
+            made(gauge, 1, 8),
+            made(census, parts, 4),
+            made(choose, 1, 4),
+            made(sift, parts, 4),
             made(draw, 1, 16),
             made(report, 1, 4),
         )

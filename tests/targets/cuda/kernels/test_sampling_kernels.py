@@ -128,8 +128,8 @@ def test_draws_are_the_hosts(rounded: bool) -> None:
     assert tokens(found.sampled) == expected == found.last.tolist()
 
 
-def test_a_vocabulary_of_several_chunks() -> None:
-    """Steep rows draw from a list that several programs fill, the flat one from the whole row."""
+def test_a_vocabulary_of_many_stretches() -> None:
+    """Steep rows draw from a list that ten programs fill, the flat one from the whole row."""
     params = [PARAMS[name] for name in ("top_k", "top_p", "two", "flat_p")]
     logits = torch.randn(len(params), 20000, generator=torch.Generator().manual_seed(8)) * 3
     admissions = admit(params)
