@@ -34,13 +34,13 @@ class _DefaultGroup(click.Group):
 
 @click.group(cls=_DefaultGroup, no_args_is_help=False)
 def bench() -> None:
-    """Measure an artifact (``llmopt bench ARTIFACT``) or a running server (``llmopt bench serve URL``)."""
+    """Measure an artifact (llmopt bench ARTIFACT) or a running server (llmopt bench serve URL)."""
 
 
 bench.add_command(serve)
 
 
-@bench.command("artifact")
+@bench.command("artifact", short_help="Time, throughput and bandwidth of an artifact; the default.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--prompt-len", default=256, show_default=True, type=click.IntRange(1), help="Prompt tokens a sequence.")
 @click.option("--gen-len", default=64, show_default=True, type=click.IntRange(2), help="Tokens to generate.")

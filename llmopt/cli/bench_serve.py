@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from llmopt.loadgen.client import Endpoint
 
 
-@click.command()
+@click.command(short_help="Load on a running OpenAI server: TTFT, ITL, goodput.")
 @click.argument("url")
-@click.option("--endpoint", default="completions", show_default=True, type=click.Choice(["completions", "chat"]))
+@click.option("--endpoint", default="completions", show_default=True, type=click.Choice(["completions", "chat"]),
+              help="Prompts of token ids, or conversations of short words.")  # fmt: skip
 @click.option("--model", help="Model to ask for (default: the first the server lists).")
 @click.option("--api-key", envvar="OPENAI_API_KEY", show_envvar=True, help="Sent as a bearer token.")
 @click.option("--requests", default=200, show_default=True, type=click.IntRange(1), help="Requests to send.")
@@ -35,10 +36,17 @@ if TYPE_CHECKING:
               help="JSONL file of lengths or whole bodies instead.")  # fmt: skip
 @click.option("--shared-prefixes", default=0, type=click.IntRange(0), help="Distinct prefixes shared by the prompts.")
 @click.option("--prefix-len", default=0, type=click.IntRange(0), help="Tokens of each, before --prompt-len.")
-@click.option("--vocab-size", default=1000, show_default=True, help="Prompt token ids are drawn below this.")
+@click.option(
+    "--vocab-size",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(4),
+    help="Prompt token ids are drawn below this.",
+)
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 is greedy.")
 @click.option("--stop-at-eos", is_flag=True, help="Let answers end early (default: ignore_eos, exact lengths).")
 @click.option("--no-stream", is_flag=True, help="Ask for whole answers: end-to-end times only.")
-@click.option("--body", default="{}", help='JSON put into every request, such as {"temperature": 0}.')
+@click.option("--body", default="{}", help='JSON put into every request, such as {"top_p": 0.9}.')
 @click.option("--slo", multiple=True, help="Bound in ms a good request meets: ttft=250, tpot=25, itl=50, e2e=9000.")
 @click.option("--warmup", default=0, show_default=True, type=click.IntRange(0), help="Requests before, not counted.")
 @click.option("--seed", type=int, help="Repeats the same requests (a prefix cache will know them).")
@@ -103,7 +111,8 @@ def parse_options(url: str, seed: int, options: dict[str, Any]) -> tuple[Endpoin
         options["endpoint"] == "chat",
     )
     source = options["source"]
-    extra = {**parse_body(options["body"]), **({} if options["stop_at_eos"] else {"ignore_eos": True})}
+    ends = {} if options["stop_at_eos"] else {"ignore_eos": True}
+    extra = {"temperature": options["temperature"], **ends, **parse_body(options["body"])}
     endpoint = Endpoint(
         url,
         options["endpoint"],

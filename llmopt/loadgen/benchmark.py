@@ -73,6 +73,7 @@ async def measure(
         "model": model,
         "endpoint": endpoint.endpoint,
         "load": load.describe(),
+        "body": endpoint.extra,
         "seed": load.seed,
         **summarize(run, slo),
     }

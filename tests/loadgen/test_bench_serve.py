@@ -64,14 +64,14 @@ def test_the_body_asks_for_exact_lengths(bench):
         "--output-len",
         7,
         "--body",
-        '{"temperature": 0}',
+        '{"top_p": 0.5}',
         "--api-key",
         "k",
     )
     assert bench(server, *arguments)[0] == 0
     for body in server.bodies:
         assert body["max_tokens"] == 7
-        assert (body["ignore_eos"], body["temperature"], body["model"]) == (True, 0, "scripted")
+        assert (body["ignore_eos"], body["temperature"], body["top_p"], body["model"]) == (True, 0, 0.5, "scripted")
         assert body["stream_options"] == {"include_usage": True}
         assert len(body["prompt"]) == 4
     assert all("authorization: Bearer k" in head for head in server.heads)
