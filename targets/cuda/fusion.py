@@ -19,8 +19,9 @@ from llmopt.program import Function, OpCall, Ref
 
 LINEAR, ATTENTION = "cuda.linear", "cuda.attention"
 PLAIN_LINEAR, NORM = "aten.linear.default", "llmopt.rms_norm"
-FEW_ROWS = 1
-"""Rows up to which reading the weights is what a linear costs, so that its epilogue is free."""
+FEW_ROWS = 16
+"""Rows up to which a residual is added in the epilogue: on an H200 that saves 0.02 ms of an 8B model's step at 8 rows
+and costs 0.03 ms at 32."""
 
 ABSENT = {"norm": None, "eps": 0.0, "offset": 0.0, "gate": None, "residual": None}
 HEAD_NORM = {"q_norm": None, "k_norm": None, "eps": 0.0, "offset": 0.0, "mul_in_fp32": False}
@@ -175,4 +176,4 @@ def head_norms(graph: Graph, write: OpCall) -> dict[str, tuple[int, int]] | None
 
 def transposed_dims(call: OpCall) -> set[int]:
     """The two dimensions, of four, that a transposition exchanges."""
-    return {int(call.args[key]) % 4 for key in ("dim0", "dim1") if isinstance(call.args[key], int)}
+    return {dim % 4 for dim in (call.args["dim0"], call.args["dim1"]) if isinstance(dim, int)}

@@ -12,13 +12,15 @@ from llmopt.lower.memory import ALIGNMENT, Interval, plan_memory
 from llmopt.program import Function, OpCall, Program, dtype_bytes, eval_shape
 
 from .feedback import DRAWN, GREEDY, KEPT, REPORTS, SAMPLE
+from .fusion import ATTENTION, fused
 from .kernel import CallSite, KernelLaunch, Scratch, Specialization, Strided, TmaOperand
-from .select import Choice
+from .select import Choice, Selector
 from .views import evaluate, resolve_view
 
 IN_PLACE = {
     "llmopt.kv_write": {0: "k_state", 1: "v_state"},
     "llmopt.rope_kv_write": {1: "k_state", 2: "v_state"},
+    ATTENTION: {1: "k_state", 2: "v_state"},
 }
 """Outputs that are the updated versions of an argument and share its memory."""
 
@@ -71,10 +73,11 @@ def plan_bucket(
     function: Function,
     dims: Mapping[str, int],
     arch: int,
-    select: Callable[[CallSite], Choice],
+    select: Selector,
     tuning: Mapping[str, Mapping[str, Any]],
 ) -> BucketPlan:
-    """Choose kernels for every call that moves data. Raises TargetError for a call nothing serves."""
+    """Join calls, and choose kernels for every one that moves data. Raises TargetError for a call nothing serves."""
+    function = fused(function, dims, select.ops)
     values = {name: dense(name, w.type.dtype, eval_shape(w.type.shape, {})) for name, w in program.weights.items()}
     for name in (*function.inputs, *KEPT):
         kind = function.types[name]

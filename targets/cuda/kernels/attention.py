@@ -8,29 +8,33 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..fusion import ATTENTION
 from ..kernel import CallSite, Scratch, Selection, TmaOperand
 from ._common import (
     BANDWIDTH,
     LAUNCH_US,
-    LOG2E,
     SM_COUNT,
     cdiv,
     launch,
     nbytes,
     pdl_release,
     pdl_wait,
-    peek,
     pow2,
     prefetch,
-    tanh,
+    rows_of,
 )
+from ._softmax import logit, merge, store_rows, walk
+from .rotary import strides, turned_heads
 
 
 @triton.jit
 def attention(
-    q, k_state, v_state, k_map, v_map, table, cu, lens, sinks, out, partial, stats, counter,
+    q, k, v, q_norm, k_norm, cos, sin, slots, k_state, v_state, k_map, v_map, table, cu, lens, sinks, out, partial,
+    stats, counter,
     N: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    S: tl.constexpr, Q_HEAD: tl.constexpr, Q_ROW: tl.constexpr, scale: tl.constexpr, window: tl.constexpr,
+    S: tl.constexpr, Q_HEAD: tl.constexpr, Q_ROW: tl.constexpr, K_HEAD: tl.constexpr, K_ROW: tl.constexpr,
+    V_HEAD: tl.constexpr, V_ROW: tl.constexpr, F: tl.constexpr, STRIDE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    eps: tl.constexpr, offset: tl.constexpr, MUL_FP32: tl.constexpr, scale: tl.constexpr, window: tl.constexpr,
     softcap: tl.constexpr, sink_tokens: tl.constexpr, RING: tl.constexpr, DECODE: tl.constexpr,
     TILE: tl.constexpr, LINES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, PN: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
@@ -43,6 +47,10 @@ def attention(
     CHUNK at a time.
     ``k_map``, ``v_map``: descriptors over the states as rows, for blocks that hold whole key tiles; else pointers.
     Floor: the keys and values of each sequence once, or 4·rows·keys·H·D operations.
+
+    With ``k`` (HK, T, D) and ``v`` (HK, T, DV), each row of a decode step brings its own key and value, which the
+    states do not hold yet: q and k are normed and rotated here, the first part of the keys starts from the row's own,
+    and writes it to its slot, which no one reads in this step.
 
     Lengths, bounds and tables are step inputs, in place before the step's first kernel starts: they are read, and
     the first keys fetched into L2, before the wait for the kernel that writes q.
@@ -71,7 +79,8 @@ def attention(
         stop = tl.where(found, tl.load(cu + sequence + 1), row0)
         length = tl.load(lens + sequence)
     first = length - stop + row0  # position of the tile's first row
-    top = tl.minimum(row0 + TILE, stop) - stop + length  # keys that the tile's last row sees
+    FRESH: tl.constexpr = k is not None
+    top = tl.minimum(row0 + TILE, stop) - stop + length - FRESH  # keys that the tile's last row sees
     skipped = 0
     kept = 0
     full = 0
@@ -82,21 +91,24 @@ def attention(
         skipped = tl.maximum(tl.maximum(first - window + 1, 0) // BN - kept, 0)
         kept = tl.minimum(kept, tl.cdiv(top, BN))
     else:
-        full = (first + 1) // BN  # key tiles that every row sees whole
+        full = (first + 1 - FRESH) // BN  # key tiles that every row sees whole
     blocks = tl.where(row0 < stop, tl.maximum(tl.cdiv(top, BN) - skipped, 0), 0)
     share = tl.cdiv(blocks, SPLITS)
     begin = split * share
     end = tl.minimum(begin + share, blocks)
-    if begin < end:
+    owner = FRESH & (split == SPLITS - 1) & (row0 < stop)
+    if (begin < end) | owner:
         pages = table + sequence * W
+        start = tl.where(begin < kept, begin, begin + skipped) * BN
         if DECODE and not RING:
-            slot = tl.where(begin < kept, begin, begin + skipped) * BN + tl.arange(0, BN)
-            page = tl.load(pages + slot // S, mask=slot < top, other=0).to(tl.int64)
+            slot = start + tl.arange(0, BN)
+            near = slot < tl.where(begin < end, top, 0)
+            page = tl.load(pages + slot // S, mask=near, other=0).to(tl.int64)
             place = ((page * HK + head) * S + slot % S)[:, None]
             lines = tl.arange(0, (BD + 63) // 64)[None, :] * 64
-            prefetch(k_state + place * D + lines, (slot < top)[:, None] & (lines < D), PDL)
+            prefetch(k_state + place * D + lines, near[:, None] & (lines < D), PDL)
             lines = tl.arange(0, (BDV + 63) // 64)[None, :] * 64
-            prefetch(v_state + place * DV + lines, (slot < top)[:, None] & (lines < DV), PDL)
+            prefetch(v_state + place * DV + lines, near[:, None] & (lines < DV), PDL)
         pdl_wait(PDL)
         line = tl.arange(0, BM)
         row = row0 + line // G
@@ -104,10 +116,29 @@ def attention(
         position = first + line // G
         d = tl.arange(0, BD)
         at = (head * G + line % G) * Q_HEAD + row.to(tl.int64) * Q_ROW
-        query = tl.load(q + at[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+        if FRESH:
+            one = tl.zeros((1, 1), tl.int32)
+            key_at = k + head * K_HEAD + row0.to(tl.int64) * K_ROW + one
+            key = turned_heads(
+                key_at, one == 0, k_norm, cos, sin, row0, D, BD, F, STRIDE, INTERLEAVED, eps, offset, MUL_FP32
+            )
+            dv = tl.arange(0, BDV)[None, :]
+            value = tl.load(v + head * V_HEAD + row0.to(tl.int64) * V_ROW + dv, mask=dv < DV, other=0.0)
+            query = turned_heads(
+                q + at[:, None], ok[:, None], q_norm, cos, sin, row0, D, BD, F, STRIDE, INTERLEAVED, eps, offset,
+                MUL_FP32,
+            )  # fmt: skip
+        else:
+            query = tl.load(q + at[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
         peak = tl.full((BM,), float("-inf"), tl.float32)
         mass = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BDV), tl.float32)
+        if FRESH:
+            if owner:
+                write_row(key, value, tl.load(slots + row0), k_state, v_state, head, HK, D, DV, S, BD, BDV)
+                peak = logit(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1), scale, softcap)
+                mass += 1.0
+                acc += value.to(tl.float32)
         half = tl.minimum(tl.maximum(full, begin), end)
         acc, mass, peak = walk(
             acc, mass, peak, query, k_state, v_state, k_map, v_map, pages, head, begin, half, kept, skipped, position,
@@ -121,13 +152,16 @@ def attention(
             store_rows(out, sinks, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
         else:
             unit = (tile * HK + head) * SPLITS
+            parts = tl.cdiv(blocks, tl.maximum(share, 1))
+            part = tl.minimum(split, parts)
+            if FRESH:
+                parts = tl.minimum(parts + 1, SPLITS)  # one for the row's own key where the last has no others
             spot = line[:, None] * BDV + tl.arange(0, BDV)[None, :]
             some = line < LINES
-            tl.store(partial + (unit + split).to(tl.int64) * (LINES * BDV) + spot, acc, mask=some[:, None])
-            tl.store(stats + (unit + split) * (2 * LINES) + line, peak, mask=some)
-            tl.store(stats + (unit + split) * (2 * LINES) + LINES + line, mass, mask=some)
+            tl.store(partial + (unit + part).to(tl.int64) * (LINES * BDV) + spot, acc, mask=some[:, None])
+            tl.store(stats + (unit + part) * (2 * LINES) + line, peak, mask=some)
+            tl.store(stats + (unit + part) * (2 * LINES) + LINES + line, mass, mask=some)
             tl.debug_barrier()
-            parts = tl.cdiv(blocks, share)
             came = tl.atomic_add(counter + tile * HK + head, 1, sem="acq_rel")
             if came == parts - 1:
                 tl.debug_barrier()
@@ -141,123 +175,22 @@ def attention(
 
 
 @triton.jit
-def walk(
-    acc, mass, peak, query, k_state, v_state, k_map, v_map, pages, head, begin, end, kept, skipped, position, length,
-    top,
-    HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr, scale: tl.constexpr, window: tl.constexpr,
-    softcap: tl.constexpr, sink_tokens: tl.constexpr, RING: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    BDV: tl.constexpr, MASKED: tl.constexpr,
+def write_row(
+    key, value, slot, k_state, v_state, head, HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    """Key tiles ``begin`` to ``end`` into the running sums; MASKED where some line does not see some key."""
-    d = tl.arange(0, BD)
-    dv = tl.arange(0, BDV)
-    for block in range(begin, end):
-        start = tl.where(block < kept, block, block + skipped) * BN
-        slot = start + tl.arange(0, BN)
-        live = slot < top
-        if k_map is not None:
-            at = (peek(pages + start // S) * HK + head) * S + start % S
-            keys = k_map.load([at, 0])
-            values = v_map.load([at, 0])
-            if MASKED:  # what lies past the sequence may be NaN, which a zero weight does not silence
-                values = tl.where(live[:, None], values, 0.0)
-            score = tl.dot(query, tl.trans(keys))
-        else:
-            if RING:
-                place = (peek(pages).to(tl.int64) * HK + head) * S + slot
-            else:
-                page = peek(pages + tl.where(live, slot // S, 0)).to(tl.int64)
-                place = (page * HK + head) * S + slot % S
-            here = live if MASKED else live | True
-            keys = tl.load(k_state + place[None, :] * D + d[:, None], mask=here[None, :] & (d < D)[:, None], other=0.0)
-            values = tl.load(
-                v_state + place[:, None] * DV + dv[None, :], mask=here[:, None] & (dv < DV)[None, :], other=0.0
-            )
-            score = tl.dot(query, keys)
-        if softcap > 0:
-            score = softcap * tanh(score * (scale / softcap)) * LOG2E
-        else:
-            score = score * (scale * LOG2E)
-        if MASKED:
-            key = ring_position(slot, length, S, sink_tokens) if RING else slot
-            seen = (key[None, :] <= position[:, None]) & (live & (key >= 0))[None, :]
-            if window > 0:
-                near = position[:, None] - key[None, :] < window
-                seen = seen & (near | (key < sink_tokens)[None, :])
-            score = tl.where(seen, score, float("-inf"))
-        higher = tl.maximum(peak, tl.max(score, 1))
-        anchor = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
-        p = tl.exp2(score - anchor[:, None])
-        fade = tl.exp2(peak - anchor)
-        mass = mass * fade + tl.sum(p, 1)
-        acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None])
-        peak = higher
-    return acc, mass, peak
+    """A row's key (1, BD) and value (1, BDV) to its slot; nothing for a negative one."""
+    if slot >= 0:
+        line = (slot // S * HK + head) * S + slot % S
+        d = tl.arange(0, BD)[None, :]
+        dv = tl.arange(0, BDV)[None, :]
+        tl.store(k_state + line * D + d, key, mask=d < D)
+        tl.store(v_state + line * DV + dv, value, mask=dv < DV)
 
 
-@triton.jit
-def merge(
-    partial, stats, parts, out, sinks, head, row0, stop,
-    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr,
-    SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Sums of all parts of a tile, weighted by their log-sum-exp: CHUNK parts' loads are in flight together."""
-    line = tl.arange(0, LINES)
-    part = tl.arange(0, SPLITS)[:, None]
-    live = part < parts
-    at = stats + part * (2 * LINES) + line[None, :]
-    peaks = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
-    masses = tl.load(at + LINES, mask=live, other=0.0, cache_modifier=".cg")
-    peak = tl.max(peaks, 0)
-    anchor = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.sum(masses * tl.exp2(peaks - anchor[None, :]), 0)
-    acc = tl.zeros((LINES, BDV), tl.float32)
-    some = tl.arange(0, CHUNK)
-    spot = line[:, None] * BDV + tl.arange(0, BDV)[None, :]
-    for begin in range(0, parts, CHUNK):
-        held = begin + some < parts
-        peaks_at = stats + (begin + some)[:, None] * (2 * LINES) + line[None, :]
-        weight = tl.exp2(
-            tl.load(peaks_at, mask=held[:, None], other=float("-inf"), cache_modifier=".cg") - anchor[None, :]
-        )
-        sums_at = partial + (begin + some)[:, None, None] * (LINES * BDV) + spot[None, :, :]
-        sums = tl.load(sums_at, mask=held[:, None, None], other=0.0, cache_modifier=".cg")
-        acc += tl.sum(sums * weight[:, :, None], 0)
-    row = row0 + line // G
-    ok = (line < TILE * G) & (row < stop)
-    store_rows(out, sinks, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
-
-
-@triton.jit
-def ring_position(slot, length, S: tl.constexpr, sink_tokens: tl.constexpr):
-    """Position a ring slot holds when the sequence has ``length`` tokens, -1 for none (StateGroup says where)."""
-    PERIOD: tl.constexpr = S - sink_tokens
-    behind = length - 1 - sink_tokens - (slot - sink_tokens)
-    turn = behind % PERIOD
-    turn = tl.where(turn < 0, turn + PERIOD, turn)  # the device's remainder has the dividend's sign
-    latest = length - 1 - turn
-    if sink_tokens > 0:
-        first = tl.where(slot < length, slot, -1)
-        return tl.where(slot < sink_tokens, first, tl.where(latest < sink_tokens, -1, latest))
-    return latest
-
-
-@triton.jit
-def store_rows(
-    out, sinks, acc, mass, peak, head, line, row, ok,
-    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-):  # fmt: skip
-    """Normalizes a tile and stores it; sink logits join the softmax here. A row that sees nothing gives zeros."""
-    if sinks is not None:
-        sink = tl.load(sinks + head * G + line % G).to(tl.float32) * LOG2E
-        higher = tl.maximum(peak, sink)
-        fade = tl.exp2(peak - higher)
-        mass = mass * fade + tl.exp2(sink - higher)
-        acc = acc * fade[:, None]
-    value = acc / tl.where(mass > 0, mass, 1.0)[:, None]
-    dv = tl.arange(0, BDV)
-    at = (row.to(tl.int64) * H + head * G + line % G) * DV
-    tl.store(out + at[:, None] + dv[None, :], value.to(out.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])
+MOST_LINES = (1 << 31) - 1
+"""Rows a descriptor is given at most: the bound on a state's blocks is larger than any memory, and than its extents
+may be."""
 
 
 def shape_tiles(decode: bool, lines: int, d: int, units: int, size: int, arch: int) -> dict[str, int]:
@@ -283,22 +216,48 @@ def shape_tiles(decode: bool, lines: int, d: int, units: int, size: int, arch: i
     return {**c, "SPLITS": splits, "TMA": int(tma and size % c["BN"] == 0)}
 
 
+BROUGHT = ("k", "v", "q_norm", "k_norm", "cos", "sin", "slots")
+"""Runtime arguments of a step whose rows bring their own key and value."""
+ALONE = {
+    "K_HEAD": 0, "K_ROW": 0, "V_HEAD": 0, "V_ROW": 0, "F": 0, "STRIDE": 0, "INTERLEAVED": False, "eps": 0.0,
+    "offset": 0.0, "MUL_FP32": False,
+}  # fmt: skip
+"""Constants of a step whose keys and values are in the states already."""
+
+
+def brought(v: Any) -> dict[str, Any] | str:
+    """Arguments and constants for what a decode step's rows bring, or why they do not suit."""
+    k, x, tables = v["k"], v["v"], (rows_of(v["cos"]), rows_of(v["sin"]))
+    if k.strides[3] != 1 or x.strides[3] != 1:
+        return "key or value is not dense in its last axis"
+    if tables[0] is None or tables[0] != tables[1]:
+        return "the rotary tables are not laid out alike"
+    return {
+        **{name: v[name] for name in BROUGHT[:-1]}, "slots": v["slot_mapping"], **strides("K", k), **strides("V", x),
+        "F": v["cos"].shape[-1], "STRIDE": tables[0][1], "INTERLEAVED": bool(v["interleaved"]),
+        "eps": float(v["eps"]), "offset": float(v["offset"]), "MUL_FP32": bool(v["mul_in_fp32"]),
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Attention:
-    """``llmopt.cached_attention`` for every head size, window, sink and layout of the dialect."""
+    """``llmopt.cached_attention`` and ``cuda.attention``: every head size, window, sink and layout of the dialect."""
 
     name: str = "attention"
-    ops: tuple[str, ...] = ("llmopt.cached_attention",)
+    ops: tuple[str, ...] = ("llmopt.cached_attention", ATTENTION)
 
     def select(self, site: CallSite) -> Selection | str:
         v: Any = site.values
-        q, k, x, (out,) = v["q"], v["k_state"], v["v_state"], site.outputs
+        q, k, x, out = v["q"], v["k_state"], v["v_state"], site.outputs[0]
         (_, heads, rows, d), (blocks, shared, size, _), dv = q.shape, k.shape, x.shape[3]
         n, width = v["block_table"].shape
         if q.strides[3] != 1 or heads % shared or max(d, dv) > 256:
             return f"query strides {q.strides}, {heads} heads over {shared}, {d} dims"
         if v["ring"] and v["sink_tokens"] >= size:
             return "the ring is all sinks"
+        fresh = brought(v) if site.call.op == ATTENTION else {}
+        if isinstance(fresh, str):
+            return fresh
         groups, bd, bdv = heads // shared, max(16, pow2(d)), max(16, pow2(dv))
         decode = site.function == "decode" and n == rows
 
@@ -317,8 +276,10 @@ class Attention:
         per_tile, tiles = tiles_of(c["BM"])
         held, splits = min(c["BM"], pow2(per_tile * groups)), c["SPLITS"]
         many, units = splits > 1, tiles * shared
-        flat = [replace(state, shape=(blocks * shared * size, e), strides=(e, 1)) for state, e in ((k, d), (x, dv))]
+        held_lines = min(blocks * shared * size, MOST_LINES)
+        flat = [replace(state, shape=(held_lines, e), strides=(e, 1)) for state, e in ((k, d), (x, dv))]
         tensors = {
+            **{name: fresh.get(name) for name in BROUGHT},
             "q": q, "k_state": k, "v_state": x, "k_map": TmaOperand(flat[0], (c["BN"], bd)) if tma else None,
             "v_map": TmaOperand(flat[1], (c["BN"], bdv)) if tma else None, "table": v["block_table"],
             "cu": v["cu_seqlens"], "lens": v["seq_lens"], "sinks": v["sinks"], "out": out,
@@ -331,7 +292,8 @@ class Attention:
             "Q_ROW": q.strides[2], "scale": float(v["scale"]), "window": v["window"], "softcap": float(v["softcap"]),
             "sink_tokens": v["sink_tokens"], "RING": v["ring"], "DECODE": decode, "TILE": per_tile, "LINES": held,
             "BM": c["BM"], "BN": c["BN"], "BD": bd, "BDV": bdv, "PN": pow2(n), "SPLITS": splits,
-            "CHUNK": max(1, min(splits, 4096 // (held * bdv))),
+            "CHUNK": max(1, min(splits, 8192 // (held * bdv))),
+            **{name: fresh.get(name, default) for name, default in ALONE.items()},
         }  # fmt: skip
         scratch = {"partial": "*fp32", "stats": "*fp32", "counter": "*i32"}
         moved = nbytes(q, out)

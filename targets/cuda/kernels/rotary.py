@@ -96,6 +96,43 @@ def rotate_heads(
 
 
 @triton.jit
+def turned_heads(
+    at, ok, norm, cos, sin, row, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, TABLE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr, MUL_FP32: tl.constexpr,
+):  # fmt: skip
+    """(L, BD) heads at the pointers ``at`` (L, 1), of one row: normed where there is ``norm`` (D,), then rotated.
+
+    Rounded where the calls alone would round. Each element is read with the one it turns with, rather than exchanged.
+    """
+    d = tl.arange(0, BD)[None, :]
+    turns = d < 2 * F
+    if INTERLEAVED:
+        low = d % 2 == 0
+        frequency = d // 2
+        partner = tl.where(turns, d + 1 - 2 * (d % 2), d)
+    else:
+        low = d < F
+        frequency = tl.where(low, d, d - F)
+        partner = tl.where(turns, tl.where(low, d + F, d - F), d)
+    dtype: tl.constexpr = at.dtype.element_ty
+    x = tl.load(at + d, mask=ok & (d < D), other=0.0).to(tl.float32)
+    y = tl.load(at + partner, mask=ok & (d < D), other=0.0).to(tl.float32)
+    if norm is not None:
+        root = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + eps)
+        w = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32) + offset
+        u = tl.load(norm + partner, mask=d < D, other=0.0).to(tl.float32) + offset
+        if MUL_FP32:
+            x = (x * root * w).to(dtype).to(tl.float32)
+            y = (y * root * u).to(dtype).to(tl.float32)
+        else:
+            x = ((x * root).to(dtype).to(tl.float32) * w.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+            y = ((y * root).to(dtype).to(tl.float32) * u.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    c = tl.load(cos + row * TABLE + frequency, mask=turns, other=1.0).to(tl.float32)
+    s = tl.load(sin + row * TABLE + frequency, mask=turns, other=0.0).to(tl.float32)
+    return (x * c + tl.where(low, -y, y) * s).to(dtype)
+
+
+@triton.jit
 def rope_kv(
     q, k, v, cos, sin, k_state, v_state, slots, q_out,
     H: tl.constexpr, HK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,

@@ -1,8 +1,8 @@
 """Measured kernel configurations, made by ``llmopt tune``: one table an architecture, kept in this folder.
 
 A table is ``{"arch": 90, "compilers": {"triton 3.9.0": {kernel: {key: config}}}}``. A key of a linear is
-``"bfloat16 MxNxK"``, with ``" gated"`` after it where a gated activation is joined; ``us`` in a configuration is its
-measured time.
+``"bfloat16 MxNxK"``, with ``" gated"``, ``" normed"`` or both after it where a gated activation or a norm is joined;
+``us`` in a configuration is its measured time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ def rows_class(m: int) -> int:
 def linear_key(dtype: str, m: int, n: int, k: int, form: str = "") -> str:
     """Key of a linear of m rows over a weight (n, k)."""
     return f"{dtype} {m}x{n}x{k} {form}".rstrip()
+
+
+def linear_form(values: Mapping[str, Any]) -> str:
+    """What a call joins to its linear, as a key says it: "gated", "normed", both or nothing."""
+    parts = {"gated": values.get("gate"), "normed": values.get("norm")}
+    return " ".join(name for name, part in parts.items() if part is not None)
 
 
 def floor_us(m: int, n: int, k: int) -> float:

@@ -1,0 +1,103 @@
+"""Which calls of a bucket are joined: golden text of a layer, and what must be left alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llmopt.program import Function, OpCall, Ref
+from targets.cuda.fusion import ATTENTION, LINEAR, fused
+from tests.targets.cuda.models import model
+
+OPS = (ATTENTION, LINEAR)
+VIEWS = ("split_with_sizes", "reshape", "transpose", "index_select")
+
+
+def dims(rows: int) -> dict[str, int]:
+    return {"T": rows, "N": rows, "M": rows}
+
+
+def decode(architecture: str) -> Function:
+    return model(architecture).program.functions["decode"]
+
+
+def text(function: Function) -> list[str]:
+    """Calls that move data, with what is joined to them."""
+    joined = ("norm", "gate", "residual", "q_norm", "k_norm")
+    lines = []
+    for call in function.calls:
+        name = call.op.split(".")[1]
+        if name not in VIEWS:
+            parts = [part for part in joined if call.args.get(part) is not None]
+            lines.append(" ".join([name, *parts]))
+    return lines
+
+
+LLAMA_LAYER = ["linear norm", "attention", "linear residual", "linear norm gate", "linear residual"]
+
+
+def test_one_row_of_llama_takes_five_launches_a_layer() -> None:
+    expected = ["embedding", "rotary_table", *LLAMA_LAYER, *LLAMA_LAYER, "linear norm"]
+    assert text(fused(decode("llama-tied"), dims(1), OPS)) == expected
+
+
+def test_heads_are_normed_inside_attention() -> None:
+    lines = text(fused(decode("qwen3"), dims(1), OPS))
+    assert lines.count("attention q_norm k_norm") == 2
+    assert "rms_norm" not in lines
+
+
+def test_every_value_is_made_before_it_is_read() -> None:
+    for architecture in ("llama-tied", "qwen3", "gemma2"):
+        function = decode(architecture)
+        weights = model(architecture).program.weights
+        for rows in (1, 4, 128):
+            known = {*function.inputs, *weights}
+            for call in fused(function, dims(rows), OPS).calls:
+                assert set(call.refs()) <= known, call
+                known.update(call.outputs)
+            assert {*function.outputs, *function.state_outputs.values()} <= known
+
+
+def test_several_rows_keep_their_norms() -> None:
+    lines = text(fused(decode("llama-tied"), dims(4), OPS))
+    assert "linear norm" not in lines
+    assert lines.count("attention") == 2
+
+
+def test_a_norm_between_linear_and_addition_stays() -> None:
+    lines = text(fused(decode("gemma2"), dims(1), OPS))
+    assert "linear residual" not in lines
+    assert lines.count("rms_norm") == 4
+    assert lines.count("linear norm gate") == 0
+
+
+@pytest.mark.parametrize("ops", [(), (ATTENTION,), (LINEAR,)])
+def test_only_what_kernels_serve_is_joined(ops: tuple[str, ...]) -> None:
+    made = {call.op for call in fused(decode("qwen3"), dims(1), ops).calls}
+    assert made & {LINEAR, ATTENTION} == set(ops)
+
+
+def test_a_value_that_something_else_reads_is_not_joined() -> None:
+    function = decode("llama-tied")
+    at = next(i for i, call in enumerate(function.calls) if call.op == "llmopt.gated_activation")
+    x = function.calls[at].args["x"]
+    assert isinstance(x, Ref)
+    spy = OpCall("aten.alias.default", {"self": x}, ("spy",))
+    types = {**function.types, "spy": function.types[x.name]}
+    watched = replace(function, calls=(*function.calls[:at], spy, *function.calls[at:]), types=types)
+    lines = text(fused(watched, dims(1), OPS))
+    assert lines.count("gated_activation") == 1
+    assert lines.count("linear norm gate") == 1
+
+
+def test_ring_states_and_fp32_are_left_alone() -> None:
+    function = decode("llama-tied")
+    ring = tuple(
+        replace(call, args={**call.args, "ring": True}) if call.op == "llmopt.cached_attention" else call
+        for call in function.calls
+    )
+    assert "attention" not in text(fused(replace(function, calls=ring), dims(1), OPS))
+    types = {name: replace(kind, dtype="float32") for name, kind in function.types.items()}
+    assert not any(line.startswith("linear ") for line in text(fused(replace(function, types=types), dims(1), OPS)))
