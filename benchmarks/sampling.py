@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("command", choices=["build", "time"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--commit", default="")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/rows/sampling.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/rows/sampling/h200.jsonl"))
     options = parser.parse_args()
     if options.command == "build":
         build(options.folder)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llmopt.errors import RequestError
+from llmopt.launch import MAX_ALTERNATIVES, MAX_BIASES
 from llmopt.runtime.protocol import SamplingParams
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = MAX_ALTERNATIVES
 MAX_STOPS = 16
 MAX_PRIORITY = 1 << 31
 
@@ -62,6 +63,7 @@ def check_params(params: GenerationParams, vocab_size: int) -> None:
     _check("frequency_penalty", s.frequency_penalty, "in [-2, 2]", -2 <= s.frequency_penalty <= 2)
     if s.logprobs is not None:
         _check("logprobs", s.logprobs, f"in [0, {MAX_LOGPROBS}]", 0 <= s.logprobs <= MAX_LOGPROBS)
+    _check("number of logit_bias tokens", len(s.logit_bias), f"at most {MAX_BIASES}", len(s.logit_bias) <= MAX_BIASES)
     for token, bias in s.logit_bias.items():
         _check("logit_bias token", token, f"in [0, {vocab_size})", 0 <= token < vocab_size)
         _check(f"logit_bias of token {token}", bias, "in [-100, 100]", -100 <= bias <= 100)

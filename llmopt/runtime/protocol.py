@@ -129,7 +129,8 @@ class StepBatch:
     release: tuple[int, ...] = ()
     ops: tuple[StateOp, ...] = ()
     masks: Mapping[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
-    """Grammar bitmask by sequence: (ceil(vocab/32),) uint32, bit set = token allowed."""
+    """Grammar bitmask by sequence: (ceil(vocab/32),) uint32, bit set = token allowed. Which sequences have one is known
+    at once; reading one may wait until it is, so an executor reads them when its forward pass is on its way."""
     decode: DecodeRows | None = None
 
     def all_rows(self, states: StatePlan) -> tuple[SeqStep, ...]:
