@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 from llmopt.errors import DeadlineError, RequestError
 from llmopt.runtime.clock import Clock, Pace
 from llmopt.runtime.grammar import Constraints, GrammarCompiler
+from llmopt.runtime.late import Bitmask, LateMasks
 from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.params import GenerationParams, check_params, check_prompt, token_budget
 from llmopt.runtime.plan import Plan
@@ -57,6 +58,16 @@ class _Request:
     scores: PromptScores | None = None
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A submitted step: which one it is, the executor's ticket, and when it was submitted (seconds)."""
+
+    number: int
+    ticket: int
+    plan: Plan
+    submitted: float
+
+
 class EngineCore:
     """Drives one executor. Not thread-safe.
 
@@ -83,7 +94,9 @@ class EngineCore:
         self._requests: dict[int, _Request] = {}
         self.constraints = Constraints(grammars)
         self._failures: list[Failure] = []
-        self._flight: deque[tuple[int, Plan, float]] = deque()
+        self._flight: deque[_Flight] = deque()
+        self._early: list[TokenOutput] = []
+        self._steps = 0
         self._collected = 0.0
         self._pace = Pace(clock)
         self._ids = 0
@@ -141,7 +154,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._flight) or self.scheduler.has_work
+        return bool(self._flight or self._early) or self.scheduler.has_work
 
     @property
     def active(self) -> int:
@@ -152,20 +165,43 @@ class EngineCore:
         """Submit what can be submitted, collect the oldest step. Raises ExecutorError when the executor failed."""
         for request_id in self.scheduler.expired():
             self._fail(request_id, DeadlineError("the request's time was up", retry_after=self._pace.retry_after(1)))
-        while len(self._flight) < self.limits.steps_in_flight and (plan := self.scheduler.plan()):
-            batch = plan.batch
-            if plan.constrained:
-                batch = replace(batch, masks=self.constraints.masks(plan.constrained))
-            self._flight.append((self.executor.submit(batch), plan, self.clock()))
+        while not self._early and len(self._flight) < self.limits.steps_in_flight and (plan := self.scheduler.plan()):
+            self._submit(plan)
+        if self._early or not self._flight:
+            outputs, self._early = self._early, []
+            return outputs
+        return self._collect()
+
+    def _submit(self, plan: Plan) -> None:
+        self._steps += 1
+        batch = plan.batch
+        if plan.constrained:
+            batch = replace(batch, masks=self._masks(plan.constrained, self._steps))
+        ticket = self.executor.submit(batch)
+        self._flight.append(_Flight(self._steps, ticket, plan, self.clock()))
+
+    def _masks(self, seq_ids: Sequence[int], number: int) -> Mapping[int, Bitmask]:
+        """Masks for step ``number``. With steps in flight before it the executor starts its forward pass, and reads
+        them while that runs: which collects those steps, so that a constrained sequence runs ahead like any other."""
         if not self._flight:
-            return []
-        ticket, plan, submitted = self._flight.popleft()
-        done = self.executor.collect(ticket)
-        began, self._collected = max(submitted, self._collected), self.clock()
-        if plan.batch.rows:
-            self.scheduler.took(plan, self._collected - began)
-            self._score(plan, done)
-        return self._take(plan, done)
+            return self.constraints.masks(seq_ids)
+
+        def settle() -> Mapping[int, Bitmask]:
+            while self._flight and self._flight[0].number < number:
+                self._early += self._collect()
+            return self.constraints.masks(seq_ids)
+
+        return LateMasks(seq_ids, -(-self.limits.vocab_size // 32), settle)
+
+    def _collect(self) -> list[TokenOutput]:
+        """Wait for the oldest step."""
+        flight = self._flight.popleft()
+        done = self.executor.collect(flight.ticket)
+        began, self._collected = max(flight.submitted, self._collected), self.clock()
+        if flight.plan.batch.rows:
+            self.scheduler.took(flight.plan, self._collected - began)
+            self._score(flight.plan, done)
+        return self._take(flight.plan, done)
 
     def failures(self) -> list[Failure]:
         """Requests that had to be ended since the last call."""

@@ -82,9 +82,6 @@ class Decoding:
         order = self._places()
         starts = self.starts[order]
         may = starts + 1 < self.stops[order]
-        waits = self.constrained[order]
-        if waits.any():
-            may &= ~(waits & (starts >= self.known[order]))
         chosen = order[may]
         if len(chosen) <= room:
             return chosen
@@ -98,7 +95,7 @@ class Decoding:
         return here
 
     def shares(self, places: IntArray) -> dict[str, int]:
-        """Rows by tenant."""
+        """Sequences by tenant."""
         counts = np.bincount(self.tenants[places], minlength=len(self._names))
         return dict(zip(self._names, counts.tolist()))
 

@@ -160,14 +160,14 @@ class Scheduler:
         starts = decoding.starts[places]
         blocks = self.allocator.gather(places, int(starts.max()) + 1)
         decoding.starts[places] += 1
-        for tenant, count in decoding.shares(places).items():
-            self.queue.shares.charge(tenant, count * self.options.queue.output_weight)
         return DecodeRows(decoding.ids[places], starts, decoding.rope_lens[places], blocks)
 
     def _drawn(self, step: StepRows, places: IntArray) -> tuple[Drawn, tuple[int, ...]]:
         """Every sequence the step draws a token for, and which of them are constrained."""
         joined = [self.allocator.place(s.seq_id) for s in step.drawing]
         everyone = np.concatenate((places, np.array(joined, np.int64))) if joined else places
+        for tenant, count in self.decoding.shares(everyone).items():
+            self.queue.shares.charge(tenant, count * self.options.queue.output_weight)
         drawn = Drawn(self.decoding.ids[everyone], everyone)
         masked = drawn.seq_ids[self.decoding.constrained[everyone]]
         return drawn, tuple(masked.tolist())
@@ -257,11 +257,12 @@ class Scheduler:
         else:
             return False
         self._ops += self.cache.enter(sequence.seq_id, chosen, tokens)
+        if not sequence.rope_len:  # who is preempted does not pay twice
+            served = (sequence.known - chosen.tokens) * self.options.queue.prompt_weight
+            self.queue.shares.charge(sequence.tenant, served)
         sequence.computed, sequence.rope_len = chosen.tokens, sequence.known
         self._counted.prompt_tokens += sequence.known
         self._counted.cached_tokens += chosen.tokens
-        served = (sequence.known - chosen.tokens) * self.options.queue.prompt_weight
-        self.queue.shares.charge(sequence.tenant, served)
         return True
 
     def _salt(self, sequence: Sequence) -> Hashable:

@@ -16,7 +16,7 @@ class Sequence:
 
     ``budget``: tokens it may draw. ``computed``: tokens in the state once every planned step has run. ``pending``:
     tokens drawn by steps in flight, unknown to the host. ``rope_len``: the length its rotary table was chosen for
-    (two-table models). ``constrained``: the mask of its next token needs every drawn token to be known.
+    (two-table models). ``constrained``: its tokens are drawn under a mask.
     ``scored``: the logits of every prompt row are wanted. ``priority``: lower goes first. ``tenant``: whose share it
     uses. ``salt``: of its cached prefixes. ``order`` and ``arrival`` (seconds): when it came. ``deadline``: the time
     by which it must have ended. ``awaits``: a chunk of its prompt that another sequence is computing. ``swapped``:

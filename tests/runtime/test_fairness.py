@@ -107,6 +107,18 @@ def test_a_better_priority_preempts_and_nothing_is_lost():
     assert_clean(core)
 
 
+def test_who_is_preempted_does_not_pay_twice():
+    core = make(plan_of("paged"), [16], options=queue(aging_seconds=1e9))
+    for i in range(4):
+        core.add([i + 1] * 9, greedy(40, tenant="a"))
+    core.add([9], greedy(63, tenant="b", priority=1))  # keeps the counters alive
+    while sum(r.tenant == "a" for r in core.scheduler.sequences.values()):
+        core.step()
+    assert core.scheduler.stats().preemptions > 0
+    weights = core.scheduler.options.queue
+    assert core.scheduler.queue.shares.served["a"] == 4 * (9 * weights.prompt_weight + 40 * weights.output_weight)
+
+
 def test_equal_priorities_do_not_preempt():
     core = make(plan_of("paged"), [16], sequences=1, options=queue(aging_seconds=1.0))
     first, second = (core.add([i] * 5, greedy(20)) for i in (1, 2))

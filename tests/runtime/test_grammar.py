@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,9 +39,21 @@ def compiler(tokenizer):
     return GrammarCompiler(tokenizer, VOCAB, EOS)
 
 
-def core_of(compiler, *, blocks=120, flight=1):
+class Reads(FakeExecutor):
+    """Reads masks as a device's executor does: when the forward pass is on its way, before ``submit`` returns."""
+
+    overlaps = 0
+
+    def submit(self, batch):
+        ticket = super().submit(batch)
+        self.overlaps += bool(batch.masks) and len(self.queue) > 1
+        self.queue[-1] = ticket, replace(batch, masks={seq_id: batch.masks[seq_id] for seq_id in batch.masks})
+        return ticket
+
+
+def core_of(compiler, *, blocks=120, flight=1, executor=FakeExecutor):
     limits = ExecutorLimits(CONTEXT, 8, 64, {"paged0": blocks}, VOCAB, steps_in_flight=flight)
-    return EngineCore(FakeExecutor(PLAN, limits), EOS, compiler)
+    return EngineCore(executor(PLAN, limits), EOS, compiler)
 
 
 def params(grammar=None, **sampling):
@@ -59,10 +72,10 @@ def run(core, requests):
     return [(tokens[i], reasons.get(i)) for i in ids]
 
 
-@pytest.mark.parametrize("flight", [1, 2])
+@pytest.mark.parametrize(("flight", "executor"), [(1, FakeExecutor), (2, FakeExecutor), (2, Reads)])
 @pytest.mark.parametrize("blocks", [120, 30])
-def test_constrained_and_free_requests_together(compiler, tokenizer, flight, blocks):
-    core = core_of(compiler, blocks=blocks, flight=flight)
+def test_constrained_and_free_requests_together(compiler, tokenizer, flight, executor, blocks):
+    core = core_of(compiler, blocks=blocks, flight=flight, executor=executor)
     grammars = [SCHEMA_GRAMMAR, None, DIGITS, None, SCHEMA_GRAMMAR, DIGITS]
     requests = [([5 + i, 9], params(g, temperature=0 if g is None else 1, seed=i)) for i, g in enumerate(grammars)]
     results = run(core, requests)
@@ -82,6 +95,17 @@ def test_constrained_and_free_requests_together(compiler, tokenizer, flight, blo
     assert (core.scheduler.stats().preemptions > 0) == (blocks == 30)
     if blocks == 30:  # preemption changes nothing
         assert results == run(core_of(compiler), requests)
+
+
+def test_constrained_requests_run_ahead(compiler):
+    """The next forward pass is under way before the token is known that its mask follows from."""
+    requests = [([5 + i, 9], params([SCHEMA_GRAMMAR, DIGITS][i % 2], seed=i)) for i in range(4)]
+    core = core_of(compiler, flight=2, executor=Reads)
+    assert run(core, requests) == run(core_of(compiler), requests)
+    tickets, overlaps = core.executor.tickets, core.executor.overlaps
+    assert overlaps >= 0.8 * tickets
+    assert not core.executor.known
+    assert not core.has_work
 
 
 def test_a_grammar_that_is_cut_short_says_length(compiler):
