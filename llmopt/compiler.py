@@ -212,7 +212,8 @@ def describe(
 ) -> dict[str, Any]:
     """report.json: the passes' rewrites, the ledger of what they left, sizes in bytes before and after."""
     last = module.functions[program.entry_points["extend"]]
-    return {
+    notes = {"notes": module.notes} if module.notes else {}
+    return notes | {
         "passes": [{k: v for k, v in asdict(r).items() if k != "ms"} for r in records],
         "ledger": take_ledger(last.graph).to_json(),
         "bytes": {

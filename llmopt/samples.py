@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 import llmopt
 from llmopt.calibration.spool import Spool
 from llmopt.calibration.text import Windows, read_windows
-from llmopt.errors import ConfigError
+from llmopt.errors import ConfigError, LlmoptError
 from llmopt.frontend import Checkpoint
 from llmopt.recipe import CalibrationOptions, Recipe
 from llmopt.self_text import write_windows
@@ -56,7 +57,11 @@ def draw_samples(
             found = read_windows(text, tokenizer_of(checkpoint), options.tokens, length, options.seed)
         return {"calibration": found.calibration, "held_out": found.held_out}
 
-    kept = Spool(folder, key).saved("windows", draw).tensors()
+    try:
+        kept = Spool(folder, key).saved("windows", draw).tensors()
+    except LlmoptError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return Samples(Windows(kept["calibration"], kept["held_out"]), folder, key)
 
 

@@ -16,7 +16,7 @@ from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import Pass, PassContext
 from llmopt.ir.quant import QuantTensor, RoundToNearest, Scheme, block_range, round_codes
 from llmopt.ir.rewrite import sweep
-from llmopt.ir.sites import Choice, Site, group_of, layer_name, put_codes
+from llmopt.ir.sites import Choice, Site, layer_name, precision_of, put_codes
 
 BLOCK = 128  # columns whose updates to the rest are done in one matmul
 ATTEMPTS = 5  # a Hessian that has no Cholesky factor is damped ten times more, so often
@@ -36,7 +36,7 @@ class Gptq(Pass):
 
     name: ClassVar[str] = "gptq"
     calibrates: ClassVar[bool] = True
-    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "awq", "smoothquant")
+    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "awq", "smoothquant", "choose_precision")
     lossy: ClassVar[bool] = True
 
     bits: int = 4
@@ -67,13 +67,7 @@ class Gptq(Pass):
         (function,) = self.served(module)
         choice = Choice(where, self.include, self.exclude, self.lm_head)
         sites = [site for _, site in choice.sites(module, [function])]
-        schemes = {
-            site.weights[0]: Scheme(
-                "int", self.bits, 1, group_of(module, site.weights[0], self.group_size, where), self.symmetric,
-                ctx.dtype, self.permuted,
-            )
-            for site in sites
-        }  # fmt: skip
+        schemes = {site.weights[0]: self._scheme(module, site.weights[0], ctx) for site in sites}
         if ctx.calibration is None:
             for site in sites:
                 put_codes(module, function, site, self._shapes(module, site, schemes))
@@ -86,6 +80,11 @@ class Gptq(Pass):
         sweep(function)
         module.prune_weights()
         return len(sites)
+
+    def _scheme(self, module: Module, name: str, ctx: PassContext) -> Scheme:
+        bits, block = precision_of(module, name, self.bits, self.group_size, f"pass {self.name}")
+        permuted = self.permuted and block < module.weights[name].shape[-1]
+        return Scheme("int", bits, 1, block, self.symmetric, ctx.dtype, permuted)
 
     @property
     def permuted(self) -> bool:

@@ -10,7 +10,7 @@ from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import Pass, PassContext
 from llmopt.ir.quant import QuantTensor, RoundToNearest, Scheme
 from llmopt.ir.rewrite import sweep
-from llmopt.ir.sites import Choice, group_of, layer_name, put_codes
+from llmopt.ir.sites import Choice, group_of, layer_name, precision_of, put_codes
 
 FP8_BLOCK = 128  # rows and columns of a block, as DeepSeek-V3 stores them
 
@@ -29,7 +29,7 @@ class QuantizeWeights(Pass):
     """
 
     name: ClassVar[str] = "quantize_weights"
-    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up")
+    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "awq", "smoothquant", "choose_precision")
     lossy: ClassVar[bool] = True
 
     format: Literal["int", "fp8_e4m3"] = "int"
@@ -77,7 +77,7 @@ class QuantizeWeights(Pass):
 
     def _tensor(self, name: str, module: Module, ctx: PassContext) -> QuantTensor:
         where = f"pass {self.name}"
-        rows, block = 1, group_of(module, name, self.group_size, where)
+        rows, (bits, block) = 1, precision_of(module, name, self.bits, self.group_size, where)
         if self.scales == "tensor":
             rows = module.weights[name].shape[-2]
         elif self.scales == "blocks":
@@ -85,7 +85,7 @@ class QuantizeWeights(Pass):
             if module.weights[name].shape[-2] % rows:
                 what = f"blocks of {rows} rows do not divide its {module.weights[name].shape[-2]} output features"
                 raise PassError(what, where=f"{where}, layer {layer_name(module, name)}", hint="scales: channel")
-        scheme = Scheme(self.format, self.bits, rows, block, self.symmetric, ctx.dtype)
+        scheme = Scheme(self.format, bits, rows, block, self.symmetric, ctx.dtype)
         return RoundToNearest(layer_name(module, name), module.weights[name], scheme).tensor()
 
 

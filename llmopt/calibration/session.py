@@ -63,7 +63,7 @@ def walk_groups(
     A consumer rewrites a group before it takes the next one: later activations come from what was put in.
     """
     text = print_function(module, next(name for name, found in module.functions.items() if found is function))
-    state = f"{calibration.key}\n{pass_!r}\n{calibration.windows.tolist()}\n{text}"
+    state = f"{calibration.key}\n{pass_!r}\n{calibration.windows.tolist()}\n{module.precision}\n{text}"
     digest = hashlib.sha256(state.encode()).hexdigest()
     walk = Walk(module, function, calibration, Spool(calibration.folder / f"{pass_.name}-{digest[:16]}", digest))
     groups = by_input(sites)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmopt.errors import ResourceError
 from llmopt.ir.weights import Weight
 from llmopt.program import WeightPart
 
@@ -29,8 +31,9 @@ class Spool:
         mark = folder / "key"
         if not mark.is_file() or mark.read_text("utf-8") != key:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            replace_text(mark, key)
+            with write_errors(folder):
+                folder.mkdir(parents=True)
+                replace_text(mark, key)
 
     def saved(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> SavedSet:
         """A named set of tensors, computed and saved unless it is there."""
@@ -80,11 +83,21 @@ class Spooled(Weight):
         return self.made_from
 
 
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into ResourceError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"cannot keep what calibration computed: {error}", where=str(path)) from error
+
+
 def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file aside, then rename it."""
     aside = path.with_suffix(".partial")
-    save_file({name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}, aside)
-    os.replace(aside, path)
+    with write_errors(path):
+        save_file({name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}, aside)
+        os.replace(aside, path)
 
 
 def replace_text(path: Path, text: str) -> None:

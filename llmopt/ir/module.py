@@ -23,6 +23,14 @@ class ModelConfig:
     raw: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Bits of a code and columns that share a scale (None: one scale a row)."""
+
+    bits: int
+    group_size: int | None
+
+
 @dataclass
 class Module:
     """fx functions over shared weights.
@@ -32,6 +40,8 @@ class Module:
     dim name to (min, max), and ``symbols`` the ShapeEnv's symbol to the dim name. ``states`` is empty until
     rewrite_kv_cache; ``state_outputs`` maps a function's state placeholder to the index of its final version
     among the outputs. ``originals``: what quantized weights were made of, by the name their codes extend.
+    ``precision``: bits and group size chosen for a weight, whatever a quantizer's own are (None: leave it as it is).
+    ``notes``: what passes want to have in report.json, by their names.
     """
 
     functions: dict[str, fx.GraphModule]
@@ -43,6 +53,8 @@ class Module:
     state_outputs: dict[str, int] = field(default_factory=dict)
     rope_switch: int | None = None
     originals: dict[str, Weight] = field(default_factory=dict)
+    precision: dict[str, Precision | None] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fake_mode(self) -> Any:

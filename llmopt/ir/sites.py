@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from llmopt.errors import PassError
-from llmopt.ir.module import Module
+from llmopt.ir.module import Module, Precision
 from llmopt.ir.quant import QuantTensor
 from llmopt.ir.rewrite import arguments, aten, dialect
 from llmopt.ir.weights import checkpoint_names
@@ -53,7 +53,7 @@ class Choice:
 
         Raises PassError for a pattern without a match, a fused weight it splits, or a call it chooses by half.
         """
-        found = [(function, site) for function in functions for site in self._candidates(function)]
+        found = [(function, site) for function in functions for site in self._candidates(module, function)]
         wanted = self._wanted(module, {name for _, site in found for name in site.weights})
         chosen = []
         for function, site in found:
@@ -65,7 +65,7 @@ class Choice:
                 raise PassError(what, where=self.where, hint="name both or none of them")
         return chosen
 
-    def _candidates(self, function: fx.GraphModule) -> Iterator[Site]:
+    def _candidates(self, module: Module, function: fx.GraphModule) -> Iterator[Site]:
         head = None if self.lm_head else logits_linear(function)
         for node in function.graph.nodes:
             slots = {LINEAR: slice(1, 2), EXPERTS: slice(3, 5)}.get(node.target)
@@ -73,7 +73,9 @@ class Choice:
                 continue
             weights = arguments(node)[slots]
             if all(w.op == "get_attr" for w in weights):
-                yield Site(node, tuple(str(w.target) for w in weights))
+                names = tuple(str(w.target) for w in weights)
+                if not any(name in module.precision and module.precision[name] is None for name in names):
+                    yield Site(node, names)
 
     def _wanted(self, module: Module, weights: set[str]) -> set[str]:
         names = {weight: checkpoint_names(weight, module.weights[weight]) for weight in sorted(weights)}
@@ -107,6 +109,12 @@ def group_of(module: Module, weight: str, group_size: int | None, where: str) ->
         place = f"{where}, layer {layer_name(module, weight)}"
         raise PassError(what, where=place, hint="exclude it, or choose another size")
     return group_size or width
+
+
+def precision_of(module: Module, weight: str, bits: int, group_size: int | None, where: str) -> tuple[int, int]:
+    """Bits and columns a scale of a weight: those chosen for it, else the given ones. Raises PassError as group_of."""
+    chosen = module.precision.get(weight) or Precision(bits, group_size)
+    return chosen.bits, group_of(module, weight, chosen.group_size, where)
 
 
 def by_input(sites: Sequence[Site]) -> list[list[Site]]:

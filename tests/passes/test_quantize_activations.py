@@ -98,7 +98,7 @@ step(
   %linear_0 : f32[1, T, 17] = aten.linear(%linear_q_0, @lm_head.weight)
   return (%linear_0)
 }
-""",
+""",  # noqa: E501
     )
 
 
