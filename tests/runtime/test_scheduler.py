@@ -13,30 +13,30 @@ from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 """Shrinking an engine's run takes minutes; a failing example says enough."""
 KINDS = [("paged",), ("slots",), ("ring",), ("paged", "ring"), ("paged", "slots"), ("paged", "slots", "ring"), ()]
-STEMS = [[7] * 40, [7] * 16 + [8] * 24, list(range(1, 41)), [9, 9, 9]]
+STEMS = [[7] * 40, [7] * 16 + [8] * 24]
 """Prompts begin with a part of one of these, so that prefixes are shared."""
 
 prompts = st.builds(
     lambda stem, cut, rest: (STEMS[stem][:cut] + rest)[:40],
     st.integers(0, len(STEMS) - 1),
-    st.integers(0, 40),
-    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6),
+    st.sampled_from([40, 33, 20, 17, 16, 3]),
+    st.lists(st.integers(0, 9), min_size=1, max_size=6),
 )
 requests_of = st.lists(
     st.fixed_dictionaries(
         {
             "prompt": prompts,
-            "count": st.integers(1, 24),
-            "start": st.integers(0, 25),
-            "cancel": st.one_of(st.none(), st.integers(0, 30)),
+            "count": st.one_of(st.integers(1, 6), st.integers(15, 30)),
+            "start": st.one_of(st.integers(0, 3), st.integers(0, 25)),
+            "cancel": st.one_of(st.none(), st.none(), st.integers(0, 30)),
             "priority": st.integers(-1, 1),
             "tenant": st.sampled_from("ab"),
-            "salt": st.sampled_from(["", "", "x"]),
-            "timeout": st.one_of(st.none(), st.none(), st.floats(1, 40)),
-            "repeat": st.integers(1, 3),
+            "salt": st.sampled_from(["", "", "", "x"]),
+            "timeout": st.one_of(st.none(), st.none(), st.none(), st.floats(1, 40)),
+            "repeat": st.sampled_from([1, 1, 2, 4]),
         }
     ),
-    min_size=1,
+    min_size=2,
     max_size=7,
 )
 options_of = st.builds(
@@ -48,14 +48,14 @@ options_of = st.builds(
     ),
     st.sampled_from([None, 1, 3, 8]),
     st.sampled_from([True, True, False]),
-    st.sampled_from([0, 100, 1000, 100_000]),
+    st.sampled_from([0, 0, 100, 1000, 100_000]),
     st.sampled_from([True, True, False]),
     st.sampled_from([1.0, 10.0, 1e9]),
 )
 
 
 any_load = given(
-    requests_of, options_of, st.sampled_from(KINDS), st.integers(16, 40), st.integers(1, 24), st.booleans(), st.data()
+    requests_of, options_of, st.sampled_from(KINDS), st.integers(16, 30), st.integers(1, 24), st.booleans(), st.data()
 )
 
 
@@ -77,7 +77,7 @@ def run_load(requests, options, kinds, blocks, tokens, longrope, data):
     plan = plan_of(*kinds)
     switch = data.draw(st.integers(1, 50)) if longrope else None
     eos = frozenset(data.draw(st.sets(st.integers(0, VOCAB - 1), max_size=4)))
-    counts = [blocks if g.kind == "paged" else data.draw(st.integers(2, 6)) for g in plan.groups]
+    counts = [blocks if g.kind == "paged" else data.draw(st.integers(1, 5)) for g in plan.groups]
     core = make(plan, counts, step=tokens, depth=data.draw(st.integers(1, 2)), switch=switch, eos=eos, options=options)
     results, finished, cancelled, ids = {}, {}, set(), {}
     for now in range(31):
