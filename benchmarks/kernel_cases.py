@@ -8,7 +8,7 @@ from typing import Any
 from llmopt.program import OpCall
 from targets.cuda.fusion import ABSENT, LINEAR
 from targets.cuda.kernel import CallSite, Strided
-from targets.cuda.kernels import attention, embedding, gate, gemm, gemm_persistent, gemm_stream, gemv, norm, rotary
+from targets.cuda.kernels import attention, embedding, gate, gemm, gemm_persistent, gemv, moe, norm, rotary
 from targets.cuda.tuning.build import Case, site_cases
 
 MODELS = {
@@ -23,7 +23,7 @@ MODELS = {
     "mistral-7b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336),
                    "head": (32768, 4096)},
 }  # fmt: skip
-LINEARS = (gemv.KERNEL, gemm.KERNEL, gemm_stream.KERNEL, gemm_persistent.KERNEL)
+LINEARS = (gemv.KERNEL, gemm.KERNEL, gemm_persistent.KERNEL)
 FULL = {"llama-3.1-8b": (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 8192)}
 ROWS = (1, 8, 32, 128, 256, 2048)
 
@@ -44,18 +44,28 @@ def site(op: str, values: dict[str, Any], outputs: tuple[Strided, ...], dims: di
 
 
 def linears(model: str) -> Iterator[Case]:
-    """Every linear of a model at the rows that count; gate and up with their activation, as the planner joins them."""
+    """Every linear of a model at the rows that count; gate and up with their activation, as the planner joins them, and
+    those that add to the residual stream with and without it in prefill."""
     for what, (n, k) in MODELS[model].items():
         for m in FULL.get(model, ROWS):
             if what == "head" and m > 256:
                 continue
-            joined = "silu" if what == "gate_up" else None
-            values = {"input": dense("x", "bfloat16", 1, m, k), "weight": dense("weight", "bfloat16", n, k),
-                      "bias": None, **ABSENT, "gate": joined}  # fmt: skip
-            out = dense("out", "bfloat16", 1, m, n // 2 if joined else n)
-            call = site(LINEAR if joined else "aten.linear.default", values, (out,), {"T": m})
-            for kernel in LINEARS:
-                yield from site_cases(kernel, call, model, what)
+            yield from linear(model, what, m, n, k)
+            if what in ("o", "down") and m >= 2048:
+                yield from linear(model, f"{what} + residual", m, n, k)
+
+
+def linear(model: str, what: str, m: int, n: int, k: int) -> Iterator[Case]:
+    """One linear by every kernel."""
+    gated, added = what == "gate_up", "residual" in what
+    out = dense("out", "bfloat16", 1, m, n // 2 if gated else n)
+    values = {
+        "input": dense("x", "bfloat16", 1, m, k), "weight": dense("weight", "bfloat16", n, k), "bias": None, **ABSENT,
+        "gate": "silu" if gated else None, "residual": dense("rest", "bfloat16", 1, m, n) if added else None,
+    }  # fmt: skip
+    call = site(LINEAR if gated or added else "aten.linear.default", values, (out,), {"T": m})
+    for kernel in LINEARS:
+        yield from site_cases(kernel, call, model, what)
 
 
 def attentions() -> Iterator[Case]:
@@ -79,6 +89,24 @@ def attend(function: str, rows: int, n: int, context: int, size: int) -> Iterato
     out = dense("out", "bfloat16", 1, rows, heads, d)
     call = site("llmopt.cached_attention", values, (out,), {"T": rows, "N": n}, function=function)
     yield from site_cases(attention.KERNEL, call, "llama-3.1-8b", f"{function} {n}x{context} of {size}", context)
+
+
+def mixtures() -> Iterator[Case]:
+    """Experts of a Mixtral and of a Qwen3-MoE at decode batches and in prefill."""
+    for model, (experts, each, c, inner) in {
+        "mixtral-8x7b": (8, 2, 4096, 14336),
+        "qwen3-30b": (128, 8, 2048, 768),
+    }.items():
+        for rows in (1, 32, 256, 2048):
+            values = {
+                "x": dense("x", "bfloat16", rows, c), "index": dense("index", "int64", rows, each),
+                "weight": dense("share", "bfloat16", rows, each),
+                "gate_up": dense("g", "bfloat16", experts, 2 * inner, c),
+                "down": dense("d", "bfloat16", experts, c, inner), "gate_up_bias": None, "down_bias": None,
+                "activation": "silu",
+            }  # fmt: skip
+            call = site("llmopt.moe_experts", values, (dense("out", "bfloat16", rows, c),), {"T": rows})
+            yield from site_cases(moe.KERNEL, call, model, f"experts {rows}")
 
 
 def small() -> Iterator[Case]:
@@ -121,4 +149,4 @@ def plain(what: str, rows: int, kernel: Any, call: CallSite, data: dict[str, tup
 
 def cases() -> list[Case]:
     """Everything that is timed."""
-    return [*small(), *attentions(), *(case for model in MODELS for case in linears(model))]
+    return [*small(), *attentions(), *mixtures(), *(case for model in MODELS for case in linears(model))]

@@ -24,7 +24,7 @@ from llmopt.errors import ConfigError, LlmoptError
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False),
               help="The table to add to; default: the one builds use.")  # fmt: skip
 @click.option("--rows", type=click.Path(path_type=Path, dir_okay=False), help="Append every timing to this JSONL file.")
-@click.option("--only", default="", metavar="REGEX", help="Only what matches: 'gemm_stream bfloat16 256x'.")
+@click.option("--only", default="", metavar="REGEX", help="Only what matches: 'gemm bfloat16 256x'.")
 @click.option("--max-context", type=click.IntRange(1), help="As in llmopt compile.")
 @click.option("--device", default="cuda", show_default=True, help="cuda or cuda:1.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")

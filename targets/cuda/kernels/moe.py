@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..kernel import CallSite, Scratch, Selection
+from ..kernel import CallSite, Scratch, Selection, Strided
 from ._common import ACTIVATIONS, activation, cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, rows_of
 
 
@@ -149,6 +149,12 @@ def shape_tiles(pairs: int, experts: int) -> dict[str, int]:
     return {"BM": 64 if each <= 64 else 128, "BN": 64, "BK": 64, "warps": 4 if each <= 64 else 8, "stages": 3}
 
 
+def tuning_key(x: Strided, index: Strided, down: Strided) -> str:
+    """Key of a mixture in the kernel's entries: "bfloat16 rows x choices of experts, width x inner"."""
+    experts, width, inner = down.shape
+    return f"{x.dtype} {index.shape[0]}x{index.shape[1]} of {experts} {width}x{inner}"
+
+
 @dataclass(frozen=True)
 class Experts:
     """``llmopt.moe_experts``: four launches over scratch that holds the sorted pairs and the hidden rows."""
@@ -170,7 +176,8 @@ class Experts:
             return "operands are strided, or the choices are not int64"
         (experts, c, width), (rows, k) = down.shape, index.shape
         pairs = rows * k
-        t = shape_tiles(pairs, experts)
+        tuned = site.tuning.get(self.name, {}).get(tuning_key(x, index, down))
+        t = dict(tuned) if tuned else shape_tiles(pairs, experts)
         tiles = min(pairs, cdiv(pairs, t["BM"]) + min(experts, pairs) - 1)
         order, starts = Scratch("order", 4 * pairs), Scratch("starts", 4 * experts + 4)
         hidden, parts = Scratch("hidden", 2 * pairs * width), Scratch("parts", 4 * pairs * c)
@@ -201,8 +208,8 @@ class Experts:
             ),
         )  # fmt: skip
         moved = sum(item.bytes for item in launches)
-        why = f"pairs sorted by expert, tiles of {t['BM']} pairs"
-        return Selection(launches, why, modelled_us(moved, site.arch, len(launches)))
+        why = f"pairs sorted by expert, tiles of {t['BM']} pairs" + (", tuned" if tuned else "")
+        return Selection(launches, why, t.get("us") or modelled_us(moved, site.arch, len(launches)))
 
 
 KERNEL = Experts()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from llmopt.launch import Cubin, Launch, TensorMap
@@ -91,17 +92,26 @@ def keyed(kernel: str, site: CallSite) -> str | None:
 
 def site_cases(kernel: Kernel, site: CallSite, model: str, what: str, context: int = CONTEXT) -> Iterator[Case]:
     """A case for each configuration of a kernel that serves the call; ``context``: tokens of a sequence in decode."""
-    attends = kernel.name == "attention"
     site = placed(site, context)
-    found = candidates(kernel.name, site)
-    data = integers(site, context) if attends else bounds(site)
-    rotating = ("k_state", "v_state") if attends else ("weight",)
-    moved, flops = attention_work(site, data) if attends else linear_work(site)
+    found, work = candidates(kernel.name, site), work_of(kernel.name, site, context)
     for config in found[1] if found else ():
         assert found
         selection = kernel.select(replace(site, tuning={kernel.name: {found[0]: config}}))
         if not isinstance(selection, str):
-            yield Case(model, what, kernel.name, found[0], config, site, selection, moved, flops, data, rotating)
+            yield Case(model, what, kernel.name, found[0], config, site, selection, **work)
+
+
+def work_of(kernel: str, site: CallSite, context: int) -> dict[str, Any]:
+    """What a call must move and do, the integers it reads, and the operands that no cache should hold."""
+    if kernel == "attention":
+        data = integers(site, context)
+        moved, flops = attention_work(site, data)
+        return {"bytes": moved, "flops": flops, "data": data, "rotating": ("k_state", "v_state")}
+    if kernel == "moe":
+        moved, flops = experts_work(site)
+        return {"bytes": moved, "flops": flops, "data": {"index": choices(site)}, "rotating": ("gate_up", "down")}
+    moved, flops = linear_work(site)
+    return {"bytes": moved, "flops": flops, "data": bounds(site), "rotating": ("weight",)}
 
 
 def placed(site: CallSite, context: int) -> CallSite:
@@ -156,6 +166,20 @@ def attention_work(site: CallSite, data: dict[str, tuple[int, ...]]) -> tuple[in
         pairs += new * length - new * (new - 1) // 2
     moved = 2 * (sum(data["seq_lens"]) * shared * (d + dv) + rows * heads * (d + dv))
     return moved, 2 * pairs * heads * (d + dv)
+
+
+def choices(site: CallSite) -> tuple[int, ...]:
+    """Different experts for each row, evenly spread."""
+    (rows, each), experts = site.values["index"].shape, site.values["down"].shape[0]
+    random = Random(0)
+    return tuple(e for _ in range(rows) for e in random.sample(range(experts), each))
+
+
+def experts_work(site: CallSite) -> tuple[int, int]:
+    """Bytes and operations of a mixture's experts: the weights of those that any row chose."""
+    (_, width, inner), (rows, each) = site.values["down"].shape, site.values["index"].shape
+    chosen = len(set(choices(site)))
+    return 2 * (3 * chosen * width * inner + 2 * rows * width), 6 * rows * each * width * inner
 
 
 def linear_work(site: CallSite) -> tuple[int, int]:

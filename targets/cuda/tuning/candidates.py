@@ -7,16 +7,16 @@ from itertools import product
 from typing import Any
 
 from ..kernel import CallSite
-from . import linear_key
+from ..kernels.moe import tuning_key
+from . import linear_form, linear_key
 
 Config = dict[str, Any]
 
-GEMV = ((1, 1024, 4), (1, 2048, 4), (1, 2048, 8), (2, 1024, 4), (2, 2048, 8), (1, 4096, 8), (1, 4096, 16), (4, 1024, 8))
-"""Outputs, columns a step and warps of a one-row program."""
-
-STREAM = ((128, 128, 64, 6, 4), (128, 128, 64, 6, 8), (256, 128, 64, 4, 8))
-"""Rows, weight rows, columns, load stages and warps of a program that shares steps. On an H200 these never won: two
-programs a multiprocessor (98 us where one takes 65), 64 weight rows (84), 256 weight rows (88), 128 columns (67)."""
+GEMV = (
+    (1, 1024, 4), (1, 2048, 4), (1, 2048, 8), (1, 4096, 8), (2, 1024, 2), (2, 1024, 4), (2, 2048, 4), (2, 2048, 8),
+    (4, 1024, 4), (4, 1024, 8), (4, 2048, 8), (4, 4096, 16),
+)  # fmt: skip
+"""Outputs, columns a step and warps of a one-row program; a norm's reads are shared by several outputs."""
 
 PERSISTENT = ((128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (256, 128, 64, 4, 8))
 
@@ -34,7 +34,7 @@ def gemv(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
 
 
 def gemm(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """2 to 512 rows: programs between 0.75 and 6 a multiprocessor."""
+    """2 to 512 rows: programs between 0.75 (less for small weights) and 6 a multiprocessor."""
     if m <= 64:
         bm = max(16, 1 << (m - 1).bit_length())
         tried = [
@@ -43,29 +43,25 @@ def gemm(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
             ((bm, 128, 128, 1, 4, 4), (1, 2)),
         ]
     elif m <= 128:
-        tried = [((128, 64, 128, 0, 4, 4), (1, 2)), ((128, 128, 64, 0, 8, 5), (1, 2, 4))]
+        tried = [((128, 64, 128, 0, 4, 4), (1, 2, 4, 8)), ((128, 128, 64, 0, 8, 5), (1, 2, 4))]
     else:
-        tried = [((128, 128, 64, 0, 8, 5), (1, 2, 4)), ((256, 128, 64, 0, 8, 4), (1, 2))]
+        tried = [
+            ((128, 128, 64, 0, 8, 5), (1, 2, 4)),
+            ((256, 128, 64, 0, 8, 4), (1, 2)),
+            ((128, 64, 128, 0, 4, 4), (1, 2, 4)),
+        ]
     for (bm, bn, bk, swap, warps, stages), split in ((shape, split) for shape, splits in tried for split in splits):
         programs = cdiv(n, bn) * cdiv(m, bm) * split
         narrow = gated and swap and bn < 128
         if (
             2 <= m <= 512
             and not narrow
-            and programs >= 96
+            and programs >= (96 if n >= 4096 else 48)
             and cdiv(k, split) >= 2 * bk
             and (programs <= 400 or (split == 1 and (programs <= 800 or bn == 128)))
         ):
             yield {"BM": bm, "BN": bn, "BK": bk, "SPLIT": split, "SWAP": swap, "warps": warps, "stages": stages,
                    "AHEAD": 256 if m <= 64 else 0}  # fmt: skip
-
-
-def gemm_stream(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """65 to 1024 rows."""
-    for bm, bn, bk, stages, warps in STREAM:
-        if 64 < m <= 1024 and (bm == 128 or m > 128):
-            parts = max(1, bm * (bn // 2 if gated else bn) // 8192)
-            yield {"BM": bm, "BN": bn, "BK": bk, "PARTS": min(parts, 4), "stages": stages, "warps": warps, "AHEAD": 256}
 
 
 def gemm_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
@@ -79,7 +75,6 @@ def gemm_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
 LINEARS: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemv": gemv,
     "gemm": gemm,
-    "gemm_stream": gemm_stream,
     "gemm_persistent": gemm_persistent,
 }
 
@@ -96,6 +91,14 @@ def attention(rows: int, sequences: int, decode: bool, size: int) -> Iterator[Co
             yield {"BM": lines, "BN": keys, "SPLITS": 1, "warps": warps, "stages": stages, "TMA": int(size % keys == 0)}
 
 
+def moe(pairs: int, experts: int) -> Iterator[Config]:
+    """Tiles around the pairs an expert gets on average."""
+    each = cdiv(pairs, experts)
+    rows = [r for r in (16, 32, 64, 128) if r // 4 <= each or r == 16]
+    for bm, (bn, bk, stages) in product(rows[-2:], ((64, 128, 3), (128, 64, 4), (128, 128, 3))):
+        yield {"BM": bm, "BN": bn, "BK": bk, "warps": 8 if bm == 128 or bn == 128 else 4, "stages": stages}
+
+
 def candidates(kernel: str, site: CallSite) -> tuple[str, list[Config]] | None:
     """The key of a call in a kernel's entries and the configurations to time; None for what is not tuned."""
     v = site.values
@@ -105,11 +108,14 @@ def candidates(kernel: str, site: CallSite) -> tuple[str, list[Config]] | None:
         for extent in v["input"].shape[:-1]:
             m *= extent
         found = list(LINEARS[kernel](m, n, k, gated))
-        return linear_key(v["weight"].dtype, m, n, k, "gated" * gated), found
+        return linear_key(v["weight"].dtype, m, n, k, linear_form(v)), found
     if kernel == "attention" and not v["ring"]:
         _, heads, rows, d = v["q"].shape
         sequences, (_, shared, size, _) = v["block_table"].shape[0], v["k_state"].shape
         decode = site.function == "decode" and sequences == rows
         key = f"{v['q'].dtype} {'decode' if decode else 'extend'} {rows}x{sequences} h{heads}/{shared} d{d}"
         return key, list(attention(rows, sequences, decode, size))
+    if kernel == "moe":
+        rows, choices = v["index"].shape
+        return tuning_key(v["x"], v["index"], v["down"]), list(moe(rows * choices, v["down"].shape[0]))
     return None

@@ -67,7 +67,7 @@ def read(path: Path, arch: int) -> dict[str, Table]:
         for kernels in compilers.values():
             for entries in kernels.values():
                 for key, config in entries.items():
-                    float(config["us"])
+                    float(config.get("us", 0))
                     if not isinstance(key, str):
                         raise TypeError(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmopt.program import OpCall
 from targets.cuda.fusion import ABSENT, LINEAR
 from targets.cuda.kernel import CallSite, Selection
-from targets.cuda.kernels import gemm, gemm_persistent, gemm_stream
+from targets.cuda.kernels import gemm, gemm_persistent
 from tests.targets.cuda.kernels.harness import Memory, close, execute, run, select
 
 BF16 = torch.bfloat16
@@ -32,10 +32,9 @@ TILES = {
         "warps": 4,
         "stages": 3,
     },
-    "gemm_stream": {"BM": 32, "BN": 64, "BK": 32, "PARTS": 2, "AHEAD": 64, "warps": 4, "stages": 3},
     "gemm_persistent": {"BM": 32, "BN": 64, "BK": 32, "GROUP": 2, "PARTS": 1, "warps": 4, "stages": 3},
 }
-KERNELS = {"gemm": gemm, "gemm_pointers": gemm, "gemm_stream": gemm_stream, "gemm_persistent": gemm_persistent}
+KERNELS = {"gemm": gemm, "gemm_pointers": gemm, "gemm_persistent": gemm_persistent}
 
 
 def operands(m: int, n: int, k: int, *, gate: str | None = None, bias: bool = False, residual: bool = False) -> Any:
@@ -75,8 +74,7 @@ def compute(name: str, v: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form))
 @pytest.mark.parametrize("name", TILES)
 def test_forms(name: str, form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (gemm_persistent, gemm_stream):
-        monkeypatch.setitem(module.SM_COUNT, 90, 5)
+    monkeypatch.setitem(gemm_persistent.SM_COUNT, 90, 5)
     m = 19 if (name.startswith("gemm_p") and name.endswith("s")) or name == "gemm" else 70
     v = operands(m, 176, 136, **form)
     close(compute(name, v), exact(v))
@@ -84,15 +82,15 @@ def test_forms(name: str, form: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
 def test_tall_tiles_in_parts() -> None:
     v = operands(130, 192, 64, gate="silu", residual=True)
-    tiles = {**TILES["gemm_stream"], "BM": 64, "BN": 128, "PARTS": 4}
-    tuning = {"gemm_stream": {"bfloat16 130x192x64 gated": tiles}}
-    (out,) = run(gemm_stream.KERNEL, LINEAR, v, [((1, 130, 96), BF16)], tuning=tuning)
+    tiles = {**TILES["gemm_persistent"], "BM": 64, "BN": 128, "PARTS": 4}
+    tuning = {"gemm_persistent": {"bfloat16 130x192x64 gated": tiles}}
+    (out,) = run(gemm_persistent.KERNEL, LINEAR, v, [((1, 130, 96), BF16)], tuning=tuning)
     close(out, exact(v))
 
 
 def test_swapped_gates_and_ups_are_noticed() -> None:
     v = operands(70, 176, 136, gate="silu")
-    out = compute("gemm_stream", v)
+    out = compute("gemm_persistent", v)
     v["weight"] = v["weight"].roll(88, 0)
     with pytest.raises(AssertionError, match="error"):
         close(out, exact(v))
@@ -103,24 +101,23 @@ def test_a_norm_is_refused() -> None:
     v = {**operands(70, 176, 136), "norm": torch.ones(136)}
     placed = {name: memory.put(name, x) if isinstance(x, Tensor) else x for name, x in v.items()}
     out = memory.put("out", torch.empty(1, 70, 176))
-    for module in (gemm, gemm_persistent, gemm_stream):
+    for module in (gemm, gemm_persistent):
         assert select(module.KERNEL, LINEAR, placed, [out]) == "it does not normalize its input"
 
 
-@pytest.mark.parametrize("name", ["gemm_stream", "gemm_persistent"])
 @pytest.mark.parametrize("real", [1, 70, 130])
-def test_rows_that_pad_a_step_are_not_computed(name: str, real: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_pad_a_step_are_not_computed(real: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only tiles that hold one of the step's real rows are written."""
-    monkeypatch.setitem(KERNELS[name].SM_COUNT, 90, 5)
+    monkeypatch.setitem(gemm_persistent.SM_COUNT, 90, 5)
     v = operands(130, 96, 136)
     memory = Memory()
     placed = {key: memory.put(key, x) if isinstance(x, Tensor) else x for key, x in v.items()}
     memory.put("cu_seqlens", torch.tensor([0, 1, real], dtype=torch.int32))
     out = memory.put("out", torch.full((1, 130, 96), float("nan")).to(BF16))
-    tuning = {name: {"bfloat16 130x96x136": TILES[name]}}
+    tuning = {"gemm_persistent": {"bfloat16 130x96x136": TILES["gemm_persistent"]}}
     call = OpCall(LINEAR, {}, ("out",))
     site = CallSite(call, {}, placed, (out,), {"T": 130, "N": 2}, "extend", 90, tuning)
-    found = KERNELS[name].KERNEL.select(site)
+    found = gemm_persistent.KERNEL.select(site)
     assert isinstance(found, Selection)
     for launch in found.launches:
         execute(launch, memory)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from targets.cuda.kernels import gemm, gemm_persistent, gemm_stream, gemv
+from targets.cuda.kernels import gemm, gemm_persistent, gemv
 from tests.targets.cuda.kernels.harness import close, run
 
 LINEAR = "aten.linear.default"
@@ -78,17 +78,6 @@ def test_persistent_programs_walk_all_tiles(parts: int, monkeypatch: pytest.Monk
     monkeypatch.setitem(gemm_persistent.SM_COUNT, 90, 3)
     config = {"BM": 32, "BN": 64, "BK": 32, "GROUP": 2, "PARTS": parts, "warps": 4, "stages": 3, "us": 1}
     check(gemm_persistent.KERNEL, operands(130, 200, 72, BF16, True), config)
-
-
-@pytest.mark.parametrize(
-    ("m", "n", "k", "programs"),
-    [(130, 200, 72, 3), (70, 200, 1032, 5), (200, 72, 264, 40), (65, 64, 2048, 30), (65, 8, 8, 7)],
-)
-def test_even_shares_of_k_steps(m: int, n: int, k: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that lie in one share, in two, and in many; shares that hold several tiles."""
-    monkeypatch.setitem(gemm_stream.SM_COUNT, 90, programs)
-    config = {"BM": 32, "BN": 64, "BK": 32, "PARTS": 2, "AHEAD": 64, "warps": 4, "stages": 3, "us": 1}
-    check(gemm_stream.KERNEL, operands(m, n, k, BF16, True), config)
 
 
 def test_a_wrong_weight_is_noticed() -> None:

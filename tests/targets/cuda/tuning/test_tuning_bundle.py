@@ -9,7 +9,7 @@ import pytest
 
 from llmopt.errors import ArtifactError, ExecutorError, ResourceError
 from targets.cuda.kernel import Kernel
-from targets.cuda.kernels import gemm, gemm_persistent, gemm_stream, gemv
+from targets.cuda.kernels import gemm, gemm_persistent, gemv
 from targets.cuda.tuning.build import entry as describe
 from targets.cuda.tuning.build import site_cases
 from targets.cuda.tuning.bundle import FILE, open_bundle
@@ -27,8 +27,7 @@ def ignore(what: str, done: int, total: int) -> None:
     [
         (gemv.KERNEL, 1, None, 8), (gemv.KERNEL, 1, "silu", 8), (gemm.KERNEL, 8, None, 4), (gemm.KERNEL, 8, "silu", 1),
         (gemm.KERNEL, 128, None, 2),
-        (gemm.KERNEL, 256, None, 3), (gemm_stream.KERNEL, 128, None, 2), (gemm_stream.KERNEL, 256, "silu", 3),
-        (gemm_persistent.KERNEL, 2048, "silu", 4),
+        (gemm.KERNEL, 256, None, 3), (gemm_persistent.KERNEL, 2048, "silu", 4),
     ],
 )  # fmt: skip
 def test_every_candidate_is_served_as_asked(kernel: Kernel, m: int, gate: str | None, least: int) -> None:
@@ -49,7 +48,7 @@ def test_every_candidate_is_served_as_asked(kernel: Kernel, m: int, gate: str | 
 
 def test_other_kernels_have_nothing_to_try() -> None:
     assert candidates("gate", linear_site(8, 64, 64)) is None
-    assert candidates("gemm_stream", linear_site(8, 64, 64)) == ("bfloat16 8x64x64", [])
+    assert candidates("gemm_persistent", linear_site(8, 64, 64)) == ("bfloat16 8x64x64", [])
 
 
 def test_a_bundle_is_read_back_as_written(tmp_path: Path) -> None:
