@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
+from llmopt.runtime.protocol import FloatArray
+from targets.cuda.options import CudaOptions
 from targets.cuda.select import discover
 from tests.targets.cuda.models import interpreted, model, reference
-from tests.targets.cuda.test_cuda_plan import TOLERANCE, logits
+from tests.targets.cuda.test_cuda_plan import TOLERANCE
 from tests.targets.models import worst
+from tests.targets.ragged import RaggedDriver
 
 SERVED = ("llama-tied", "qwen3", "gemma2", "gpt2", "phi3-longrope", "gpt_oss")
-"""One of each kind of norm, rotation, window, softcap, sinks and experts: the interpreter takes some 20 s a model."""
+"""One of each kind of norm, rotation, window, softcap, sinks and experts: the interpreter takes some 10 s a model."""
+
+OPTIONS = CudaOptions(decode_buckets=(4,), extend_buckets=(16,), extend_sequences=(4,))
+LENGTHS, PROMPTS, CHUNK = (26, 4, 7), (24, 1, 4), 12
+"""Eight steps: chunks beside decodes, past the windows, and past the length at which longrope switches."""
+
+
+def logits(executor: Any, vocab_size: int) -> list[FloatArray]:
+    """Of random sequences."""
+    random = np.random.default_rng(0)
+    tokens = [random.integers(0, vocab_size, n).astype(np.int64) for n in LENGTHS]
+    return RaggedDriver(executor).logits(tokens, list(PROMPTS), CHUNK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SERVED)
 def test_kernels_compute_what_the_reference_computes(architecture: str) -> None:
     found = model(architecture)
-    expected = logits(reference(found), found)
-    assert worst(logits(interpreted(found, discover()), found), expected) <= TOLERANCE
+    vocab_size = found.program.vocab_size
+    expected = logits(reference(found), vocab_size)
+    assert worst(logits(interpreted(found, discover(), OPTIONS), vocab_size), expected) <= TOLERANCE

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[4]
 EMBEDDED, CLASSICS = "classics-2m", "classics-14m"
 OPTIONS = (
     "target_options: {}",
-    "target_options: {decode_buckets: [1, 8, 32], extend_buckets: [64, 512], extend_sequences: [1, 32]}",
+    "target_options: {decode_buckets: [1, 32], extend_buckets: [512], extend_sequences: [1, 32]}",
 )
 WINDOW, WINDOWS, PROMPTS, NEW, TOP = 512, 32, 20, 64, 8
 
