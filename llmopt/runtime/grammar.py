@@ -80,7 +80,7 @@ class GrammarCompiler:
 
 
 def _matcher(grammar: Grammar, tokens: Any) -> Any:
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLMatcher, LLParserLimits, grammar_from
 
     try:
         if grammar.kind == "json_schema":
@@ -88,11 +88,15 @@ def _matcher(grammar: Grammar, tokens: Any) -> Any:
         elif grammar.kind == "regex":
             compiled = LLMatcher.grammar_from_regex(grammar.source)
         else:
-            compiled = LLMatcher.grammar_from_lark(grammar.source)
+            compiled = grammar_from("grammar", grammar.source)
         limits = LLParserLimits(initial_lexer_fuel=COMPILE_FUEL, verbose_errors=False)
         matcher = LLMatcher(tokens, compiled, log_level=0, limits=limits)
     except ValueError as error:
         raise RequestError(f"invalid {_NAMES[grammar.kind]}: {error}") from error
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # Rust's, which is no Exception
+            raise RequestError(f"invalid {_NAMES[grammar.kind]}: llguidance cannot handle it") from error
+        raise
     if matcher.is_error():
         raise RequestError(f"invalid {_NAMES[grammar.kind]}: {matcher.get_error()}")
     return matcher

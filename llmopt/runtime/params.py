@@ -18,7 +18,7 @@ MAX_PRIORITY = 1 << 31
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a text must look like: a JSON schema, a regular expression, or a context-free grammar in Lark's notation."""
+    """What a text must look like: a JSON schema, a regular expression, or a context-free grammar (Lark, or GBNF)."""
 
     kind: Literal["json_schema", "regex", "lark"]
     source: str

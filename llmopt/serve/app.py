@@ -130,6 +130,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
+    @app.exception_handler(RecursionError)
+    async def deep(request: Request, error: RecursionError) -> Response:
+        return error_response(ApiError("the body is nested too deeply"))
+
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         what = f"{request.method} {request.url.path}: {error.detail}"

@@ -59,7 +59,12 @@ def error_body(error: LlmoptError) -> dict[str, Any]:
     status = status_of(error)
     kind, code = KINDS.get(status, "invalid_request_error"), CODES.get(status)
     param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, code)
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+    return {"error": {"message": _clean(str(error)), "type": kind, "param": param and _clean(param), "code": code}}
+
+
+def _clean(text: str) -> str:
+    """Text that can be sent: a name may hold half a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_headers(error: LlmoptError) -> dict[str, str]:

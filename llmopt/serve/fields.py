@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 NAME = r"^[A-Za-z0-9_.-]{1,64}$"
-MAX_TOOLS = 128
+MAX_TOOLS, MAX_CHOICES = 128, 4096
+
+T = TypeVar("T")
+Many: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first bad element: a body may hold a million, and an error for each."""
 
 
 class Strict(BaseModel):
@@ -90,7 +94,7 @@ class StructuredOutputs(Strict):
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = Field(default=None, min_length=1)
+    choice: Many[str] | None = Field(default=None, min_length=1, max_length=MAX_CHOICES)
     grammar: str | None = None
 
     def asked(self) -> list[str]:

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from llmopt.runtime.params import GenerationParams
 from llmopt.runtime.protocol import SamplingParams
 from llmopt.serve.errors import ApiError
-from llmopt.serve.fields import MAX_TOOLS, NamedTool, ResponseFormat, Strict, StructuredOutputs, Tool
+from llmopt.serve.fields import MAX_TOOLS, Many, NamedTool, ResponseFormat, Strict, StructuredOutputs, Tool
 from llmopt.serve.messages import Message
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -66,7 +66,7 @@ class GenerationRequest(Strict):
     n: int | None = Field(default=None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -75,7 +75,7 @@ class GenerationRequest(Strict):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Many[int] | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None
@@ -132,7 +132,7 @@ class GenerationRequest(Strict):
 class CompletionRequest(GenerationRequest):
     """/v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     logprobs: int | None = None
     echo: bool | None = None
 
@@ -165,7 +165,7 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Many[Message]
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from llmopt.serve.answer import Model
 from llmopt.serve.errors import ApiError
-from llmopt.serve.fields import MAX_TOOLS, Strict, Tool
+from llmopt.serve.fields import MAX_TOOLS, Many, Strict, Tool
 from llmopt.serve.messages import Message
 from llmopt.serve.prompts import chat_prompt
 from llmopt.serve.requests import ChatRequest, parse_strictly
@@ -19,7 +19,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Many[Message] | None = None
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
@@ -30,7 +30,7 @@ class DetokenizeRequest(Strict):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Many[int]
 
 
 def tokenize(body: Any, model: Model) -> dict[str, Any]:
