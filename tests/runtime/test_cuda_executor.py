@@ -26,7 +26,7 @@ from llmopt.program import Function, Program, StateGroup, StatePlan, StateSpec
 from llmopt.runtime import sampler as sampler_module
 from llmopt.runtime.core import EngineCore
 from llmopt.runtime.executors.cuda.backend import Result, Tail
-from llmopt.runtime.executors.cuda.drawing import has_penalties
+from llmopt.runtime.executors.cuda.drawing import RECORD, has_penalties
 from llmopt.runtime.executors.cuda.executor import CudaExecutor
 from llmopt.runtime.executors.cuda.layout import Budget, describe_states, size_blocks
 from llmopt.runtime.executors.cuda.steps import Arrays, Buckets
@@ -155,10 +155,7 @@ class Formula:
     def _draw(self, place: int, logits: FloatArray, position: int, mask_row: int, tail: Tail) -> tuple[int, Any]:
         """The host sampler's draw from the place's record, counts and biases."""
         words = self.kept["records"][place]
-        fields = {
-            name: words[at : at + np.dtype(dtype).itemsize // 4].view(dtype)[0].item()
-            for name, (at, dtype) in SAMPLING_RECORD.items()
-        }
+        fields = {name: words.view(RECORD)[name][0].item() for name in SAMPLING_RECORD}
         count = fields["biases"]
         ids, values = self.kept["bias_ids"][place, :count].tolist(), self.kept["bias_values"][place, :count].tolist()
         params = SamplingParams(

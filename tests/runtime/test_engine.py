@@ -154,6 +154,7 @@ def test_a_pool_smaller_than_the_context_limits_the_context():
         ([1], {"sampling": SamplingParams(frequency_penalty=-3)}, "frequency_penalty"),
         ([1], {"sampling": SamplingParams(logit_bias={97: 1.0})}, "logit_bias token"),
         ([1], {"sampling": SamplingParams(logit_bias={1: 101.0})}, "logit_bias of token 1"),
+        ([1], {"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))}, "number of logit_bias tokens"),
         ([1], {"sampling": SamplingParams(logprobs=21)}, "logprobs"),
     ],
 )

@@ -12,6 +12,16 @@ from llmopt.errors import RequestError
 from llmopt.launch import MAX_ALTERNATIVES, MAX_BIASES, RECORD_WORDS, SAMPLING_RECORD
 from llmopt.runtime.protocol import Admission, Sampled, SamplingParams
 
+RECORD = np.dtype(
+    {
+        "names": list(SAMPLING_RECORD),
+        "formats": [dtype for _, dtype in SAMPLING_RECORD.values()],
+        "offsets": [4 * word for word, _ in SAMPLING_RECORD.values()],
+        "itemsize": 4 * RECORD_WORDS,
+    }
+)
+"""A sampling record as numpy sees it."""
+
 COLDEST, HOTTEST = 1e-30, 1e30
 """Temperatures that fp32 can invert; beyond them a draw is a largest entry, or even."""
 
@@ -64,11 +74,7 @@ def record(params: SamplingParams) -> npt.NDArray[np.int32]:
         "seed": secrets.randbits(64) if params.seed is None else params.seed & (2**64 - 1),
         "top_p": params.top_p,
     }
-    words = np.zeros(RECORD_WORDS, np.int32)
-    for name, (at, dtype) in SAMPLING_RECORD.items():
-        value = np.array([fields[name]], dtype).view(np.int32)
-        words[at : at + len(value)] = value
-    return words
+    return np.array([tuple(fields[name] for name in SAMPLING_RECORD)], RECORD).view(np.int32)
 
 
 def counts(admission: Admission, vocab_size: int) -> npt.NDArray[np.int16]:
