@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from llmopt.errors import LlmoptError, RequestError, ResourceError
 from llmopt.runtime.chat import ChatTemplate
@@ -28,6 +28,8 @@ from llmopt.serve.requests import ChatRequest, CompletionRequest, GenerationRequ
 from llmopt.serve.responses import ChatWriter, ChoiceWriter, CompletionWriter, Head, usage
 from llmopt.serve.tools import ToolFormat, detect_format
 from llmopt.serve.wire import Ready
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -179,27 +181,32 @@ class Answer:
     async def events(self) -> AsyncGenerator[str, None]:
         """Server-sent events; an error after the first one is an event of its own, and the last one.
 
-        Nothing comes before the first token, so that a request the engine refuses raises its error here.
+        Nothing comes before the first token, so that a request the engine refuses raises its error here. Events that
+        wait are given in one piece: a write to a socket is most of what a token costs this process.
         """
         queue: asyncio.Queue[dict[str, Any] | LlmoptError | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(choice, queue)) for choice in self._choices]
         running, begun = len(tasks), False
         try:
             while running:
-                item = await queue.get()
-                if isinstance(item, LlmoptError):
-                    if not begun:
-                        raise item
-                    yield _event(error_body(item))
-                    return
-                if item is None:
-                    running -= 1
-                else:
-                    begun = True
-                    yield self._chunk([item])
-            if self._request.include_usage:
-                yield _event(self.head.body([], chunk=True, usage=self._usage()))
-            yield "data: [DONE]\n\n"
+                piece: list[str] = []
+                for item in [await queue.get(), *_waiting(queue)]:
+                    if isinstance(item, LlmoptError):
+                        if not begun:
+                            raise item
+                        yield "".join([*piece, _event(error_body(item))])
+                        return
+                    if item is None:
+                        running -= 1
+                    else:
+                        begun = True
+                        piece.append(self._chunk([item]))
+                if not running:
+                    if self._request.include_usage:
+                        piece.append(_event(self.head.body([], chunk=True, usage=self._usage())))
+                    piece.append("data: [DONE]\n\n")
+                if piece:
+                    yield "".join(piece)
         finally:
             await _cancel(tasks)
 
@@ -219,6 +226,12 @@ class Answer:
     def _chunk(self, choices: list[dict[str, Any]]) -> str:
         body = self.head.body(choices, chunk=True)
         return _event({**body, "usage": None} if self._request.include_usage else body)
+
+
+def _waiting(queue: asyncio.Queue[T]) -> Iterator[T]:
+    """What a queue holds now."""
+    while not queue.empty():
+        yield queue.get_nowait()
 
 
 def _event(body: dict[str, Any]) -> str:
