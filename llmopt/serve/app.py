@@ -16,6 +16,7 @@ from llmopt import __version__
 from llmopt.errors import ExecutorError, LlmoptError
 from llmopt.serve.answer import Answer, Caller, Model
 from llmopt.serve.client import EngineClient
+from llmopt.serve.document import openapi_document
 from llmopt.serve.errors import ApiError
 from llmopt.serve.gate import Gate
 from llmopt.serve.health import Canary, DeepHealth
@@ -119,6 +120,10 @@ def _add_operations(app: FastAPI, client: EngineClient, metrics: ServerMetrics, 
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": __version__}
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> dict[str, Any]:
+        return openapi_document(app)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -344,3 +345,16 @@ def test_the_official_client(server, tokenizer):
         client.completions.create(model="other", prompt="Hi")
     with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
         client.completions.create(model="fake", prompt="")
+
+
+def test_the_openapi_document(api):
+    document = api.get("/openapi.json").json()
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= set(document["paths"])
+    text = json.dumps(document)
+    for reference in set(re.findall(r'"\$ref": "#/([^"]+)"', text)):
+        found = document
+        for step in reference.split("/"):
+            found = found[step]
+    chat = document["components"]["schemas"]["ChatRequest"]
+    assert chat["required"] == ["messages"]
+    assert chat["additionalProperties"] is False
