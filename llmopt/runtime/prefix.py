@@ -188,7 +188,7 @@ class PrefixCache:
             assert match.snapshot is not None
             source, target = match.snapshot.blocks[group.name], held[group.name][0]
             if source != target:
-                ops.append(StateOp("copy", group.name, np.array([source]), np.array([target])))
+                ops.append(StateOp("copy", group.name, np.array([source]), np.array([target]), length=match.tokens))
             if match.tokens < match.snapshot.length:
                 ops.append(StateOp("truncate", group.name, np.array([target]), none, length=match.tokens))
         return ops
@@ -248,21 +248,25 @@ class PrefixCache:
         for name, count in missing.items():
             while self.allocator.pools[name].free < count:
                 if name not in paged:
-                    self._drop(next(s for s in self._snapshots if not s.pins))
+                    self._drop(self.idle_snapshots()[0])
                 elif (node := self.tree.oldest()) is not None:
                     self._remove(node)
 
     def clear(self) -> None:
         """Give up everything no running sequence uses."""
-        for snapshot in [s for s in self._snapshots if not s.pins]:
+        for snapshot in self.idle_snapshots():
             self._drop(snapshot)
         while (node := self.tree.oldest()) is not None:
             self._remove(node)
 
+    def idle_snapshots(self) -> list[Snapshot]:
+        """Snapshots that nobody is about to copy, oldest first."""
+        return [s for s in self._snapshots if not s.pins]
+
     def cached(self) -> dict[str, int]:
         """Blocks by group that could be given up at once."""
         idle = {g.name: self.tree.idle[i] for i, g in enumerate(self.paged)}
-        spare = sum(not s.pins for s in self._snapshots)
+        spare = len(self.idle_snapshots())
         return idle | {g.name: spare for g in self.single}
 
     def _can_free(self, missing: Mapping[str, int]) -> bool:

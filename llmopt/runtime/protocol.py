@@ -103,7 +103,8 @@ class DecodeRows:
 class StateOp:
     """A state operation done, in order, before the step's rows.
 
-    ``copy`` and ``move``: blocks ``source`` of a group to blocks ``target``, on the device. ``swap_out``: blocks
+    ``copy`` and ``move``: blocks ``source`` of a group to blocks ``target``, on the device; of their tokens the first
+    ``length`` matter (0: all). ``swap_out``: blocks
     ``source``, which stay as they are, to a host buffer named by group and ``key``; ``swap_in``: that buffer, which
     ends, to blocks ``target``; ``swap_drop``: the buffer ends unused. ``truncate``: blocks ``source`` hold ``length``
     tokens from now on.
@@ -166,7 +167,7 @@ class ExecutorLimits:
     """What an executor was loaded for. ``blocks``: blocks available by state group.
 
     ``steps_in_flight``: 1 when every step must be collected before the next is submitted, 2 when the host may run
-    one step ahead.
+    one step ahead. ``ranged``: calls cover a range of blocks, so that sequences with one block each should be close.
     """
 
     max_context: int
@@ -176,6 +177,7 @@ class ExecutorLimits:
     vocab_size: int
     rope_switch: int | None = None
     steps_in_flight: int = 1
+    ranged: bool = False
 
 
 class Executor(Protocol):

@@ -16,6 +16,7 @@ from llmopt.runtime.clock import Clock
 from llmopt.runtime.decoding import Decoding, Drawn
 from llmopt.runtime.fairness import WaitingQueue
 from llmopt.runtime.options import SchedulerOptions
+from llmopt.runtime.placement import bring_closer
 from llmopt.runtime.plan import Plan, Stats, StepRows
 from llmopt.runtime.prefix import Match, PrefixCache
 from llmopt.runtime.protocol import Admission, DecodeRows, ExecutorLimits, IntArray, SeqStep, StateOp, StepBatch
@@ -256,6 +257,7 @@ class Scheduler:
             self.cache.abandon(sequence.seq_id, chosen)
         else:
             return False
+        self._place(sequence.seq_id)
         self._ops += self.cache.enter(sequence.seq_id, chosen, tokens)
         if not sequence.rope_len:  # who is preempted does not pay twice
             served = (sequence.known - chosen.tokens) * self.options.queue.prompt_weight
@@ -264,6 +266,11 @@ class Scheduler:
         self._counted.prompt_tokens += sequence.known
         self._counted.cached_tokens += chosen.tokens
         return True
+
+    def _place(self, seq_id: int) -> None:
+        """New blocks near those of the sequences that run, where the executor wants that."""
+        if self.limits.ranged:
+            self._ops += bring_closer(self.cache, seq_id, self.running)
 
     def _salt(self, sequence: Sequence) -> Hashable:
         """What equal tokens must have in common for equal states: the caller's salt and the rotary table."""
@@ -278,6 +285,7 @@ class Scheduler:
         if not (self.allocator.extend(seq_id, sequence.known) and self._leaves_room()):
             self.cache.abandon(seq_id, base)
             return False
+        self._place(seq_id)
         for name, blocks in self.allocator.table(seq_id, sequence.computed).items():
             self._ops.append(StateOp("swap_in", name, NONE, blocks, key=seq_id))
         self.cache.enter(seq_id, base, sequence.tokens(0, sequence.known))

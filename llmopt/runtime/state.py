@@ -26,6 +26,16 @@ class BlockPool:
         """Blocks nobody holds."""
         return len(self._free)
 
+    def free_blocks(self) -> tuple[int, ...]:
+        """Blocks nobody holds, the next one to be taken first."""
+        return tuple(reversed(self._free))
+
+    def exchange(self, held: int, free: int) -> None:
+        """The holder of a block that nobody shares takes a free one in its place."""
+        self._free.remove(free)
+        self._references[free] = 1
+        self.give([held])
+
     def references(self, block: int) -> int:
         """How many hold a block."""
         return self._references[block]
@@ -90,6 +100,10 @@ class StateAllocator:
         place = self._place(seq_id)
         for name, some in blocks.items():
             self._append(name, place, some)
+
+    def put(self, seq_id: int, name: str, block: int) -> None:
+        """Another block as the first one of a sequence in a group; the references are the caller's to exchange."""
+        self._tables[name][self._places[seq_id], 0] = block
 
     def extend(self, seq_id: int, tokens: int) -> bool:
         """Give a sequence blocks for its first ``tokens`` tokens; False, and nothing taken, when too few are free."""

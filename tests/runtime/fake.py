@@ -148,7 +148,10 @@ class FakeExecutor:
         cells = self.cells[op.group].reshape(-1, group.block_size, 3)
         match op.kind:
             case "copy":
-                cells[op.target] = cells[op.source]
+                kept = op.length if op.length and group.kind == "slots" else group.block_size
+                moved = cells[op.source]
+                moved[:, kept:] = EMPTY
+                cells[op.target] = moved
             case "swap_out":
                 assert (op.group, op.key) not in self.swapped
                 self.swapped[op.group, op.key] = cells[op.source]

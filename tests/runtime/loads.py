@@ -14,11 +14,22 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def make(
-    plan, blocks, *, context=64, sequences=4, step=16, depth=1, switch=None, eos=(), options=None, executor=FakeExecutor
+    plan,
+    blocks,
+    *,
+    context=64,
+    sequences=4,
+    step=16,
+    depth=1,
+    switch=None,
+    eos=(),
+    options=None,
+    executor=FakeExecutor,
+    ranged=False,
 ):
     """An engine core over a fake executor and a virtual clock (``core.clock``). ``blocks``: by group, in order."""
     counts = {g.name: blocks[i] for i, g in enumerate(plan.groups)}
-    limits = ExecutorLimits(context, sequences, step, counts, VOCAB, switch, depth)
+    limits = ExecutorLimits(context, sequences, step, counts, VOCAB, switch, depth, ranged)
     return EngineCore(executor(plan, limits), eos, options=options or SchedulerOptions(), clock=VirtualClock())
 
 

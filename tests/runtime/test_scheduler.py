@@ -59,14 +59,14 @@ any_load = given(
 )
 
 
-@settings(max_examples=100, deadline=None, phases=PHASES)
+@settings(max_examples=60, deadline=None, phases=PHASES)
 @any_load
 def test_any_load(requests, options, kinds, blocks, tokens, longrope, data):
     run_load(requests, options, kinds, blocks, tokens, longrope, data)
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, phases=PHASES)
+@settings(max_examples=600, deadline=None, phases=PHASES)
 @any_load
 def test_any_load_at_length(requests, options, kinds, blocks, tokens, longrope, data):
     run_load(requests, options, kinds, blocks, tokens, longrope, data)
@@ -78,7 +78,8 @@ def run_load(requests, options, kinds, blocks, tokens, longrope, data):
     switch = data.draw(st.integers(1, 50)) if longrope else None
     eos = frozenset(data.draw(st.sets(st.integers(0, VOCAB - 1), max_size=4)))
     counts = [blocks if g.kind == "paged" else data.draw(st.integers(1, 5)) for g in plan.groups]
-    core = make(plan, counts, step=tokens, depth=data.draw(st.integers(1, 2)), switch=switch, eos=eos, options=options)
+    depth, ranged = data.draw(st.integers(1, 2)), data.draw(st.booleans())
+    core = make(plan, counts, step=tokens, depth=depth, switch=switch, eos=eos, options=options, ranged=ranged)
     results, finished, cancelled, ids = {}, {}, set(), {}
     for now in range(31):
         for i, request in enumerate(requests):

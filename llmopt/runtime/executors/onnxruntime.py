@@ -50,6 +50,7 @@ class OnnxruntimeExecutor:
             blocks={group.name: self.states.slots},
             vocab_size=program.vocab_size,
             rope_switch=program.rope_switch,
+            ranged=True,
         )
         self.sampler = HostSampler(program.vocab_size)
         self.done: dict[int, StepOutput] = {}

@@ -33,8 +33,8 @@ class Memory(Protocol):
         """Inverse of read."""
         ...
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy a slot of every state."""
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy (at least) the first ``tokens`` tokens of a slot of every state."""
         ...
 
 
@@ -55,9 +55,9 @@ class HostMemory:
         for array, value in zip(self.arrays.values(), values, strict=True):
             array[slot] = value[0]
 
-    def copy(self, source: int, target: int) -> None:
+    def copy(self, source: int, target: int, tokens: int) -> None:
         for array in self.arrays.values():
-            array[target] = array[source]
+            array[target, :, :tokens] = array[source, :, :tokens]
 
 
 class DeviceMemory:
@@ -88,7 +88,7 @@ class DeviceMemory:
         for (name, shape), value in zip(self.shapes.items(), values, strict=True):
             self._move(shape, ("cpu", 0, value.ctypes.data), (self.device, self.index, self.address(name, slot)))
 
-    def copy(self, source: int, target: int) -> None:
+    def copy(self, source: int, target: int, tokens: int) -> None:
         for name, shape in self.shapes.items():
             ends = [(self.device, self.index, self.address(name, slot)) for slot in (source, target)]
             self._move(shape, *ends)
@@ -142,7 +142,7 @@ class SlotStates:
             raise ExecutorError(f"{op.kind} names a slot outside 0..{self.slots - 1}")
         match op.kind:
             case "copy" | "move":
-                self._copy(source, target)
+                self._copy(source, target, op.length or self.capacity)
             case "swap_out":
                 self.swapped[op.key] = [(int(self.lengths[slot]), self.memory.read(slot)) for slot in source]
             case "swap_in":
@@ -156,16 +156,16 @@ class SlotStates:
             case "truncate":
                 self.lengths[source] = np.minimum(self.lengths[source], op.length)
 
-    def _copy(self, source: list[int], target: list[int]) -> None:
+    def _copy(self, source: list[int], target: list[int], tokens: int) -> None:
         """Every source is read before any target is written, as if all happened at once."""
-        lengths = self.lengths[source]
+        lengths = np.minimum(self.lengths[source], tokens)
         if set(source) & set(target):
             held = [self.memory.read(slot) for slot in source]
             for slot, values in zip(target, held, strict=True):
                 self.memory.write(slot, values)
         else:
             for a, b in zip(source, target, strict=True):
-                self.memory.copy(a, b)
+                self.memory.copy(a, b, min(tokens, int(self.lengths[a])))
         self.lengths[target] = lengths
 
     def close(self) -> None:
