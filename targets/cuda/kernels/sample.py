@@ -26,11 +26,14 @@ from ._sift import LEVELS, census, choose, filtered, gauge, row_weight, sift, wi
 STRETCH = 2048
 """Vocabulary entries a program: 63 programs a row at 128k, enough loads in flight for one row."""
 
-SAMPLE = 8192
+SAMPLE = 4096
 """Entries of a row that say where the levels lie."""
 
-LIST = 4096
+LIST = 16384
 """Entries that may be kept before the draw reads the whole row instead."""
+
+BLOCK = 4096
+"""Entries that the draw reads at once."""
 
 MOST_COUNTED = tl.constexpr(32765)
 LEAST = tl.constexpr(-2139095040)
@@ -329,7 +332,7 @@ class Sampling:
         tensors = {**scratch, **v, "tokens": v["out"], "reports": site.outputs[0]}
         constants = {
             "V": vocabulary, "PITCH": pitch, "WORDS": v["masks"].shape[1], "WIDTH": v["bias_ids"].shape[1],
-            "PARTS": parts, "PP": pow2(parts), "STRETCH": STRETCH, "LIST": LIST, "BLOCK": LIST,
+            "PARTS": parts, "PP": pow2(parts), "STRETCH": STRETCH, "LIST": LIST, "BLOCK": BLOCK,
             "SAMPLE": SAMPLE,
             "MOST": (site.outputs[0].shape[1] - 1) // 2,
         }  # fmt: skip
