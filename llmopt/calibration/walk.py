@@ -54,7 +54,7 @@ class Walk:
         for index in range(len(self.windows)):
             with safe_open(self._file(self.boundary, index), framework="pt") as opened:
                 value: Tensor = opened.get_tensor(node.name)
-            yield value * self.factors[node] if node in self.factors else value
+            yield (value * self.factors[node]).to(value.dtype) if node in self.factors else value
 
     def rescale(self, node: fx.Node, factor: Tensor) -> None:
         """Multiply a value that the stop needs, because what made it was rewritten to give so much more."""
@@ -108,7 +108,7 @@ class Walk:
                 tensors.setdefault(by_name[name.split("|")[0]], {})[name] = opened.get_tensor(name)
         values = {node: restore(node, found) for node, found in tensors.items()}
         for node, factor in self.factors.items():
-            values[node] = values[node] * factor
+            values[node] = (values[node] * factor).to(values[node].dtype)
         return values
 
     def _before(self, last: fx.Node | None) -> list[fx.Node]:

@@ -27,10 +27,20 @@ def manifest_pairs(manifest: Manifest, verified: bool) -> list[tuple[str, object
         ("entry points", ", ".join(f"{entry} -> {name}" for entry, name in manifest.entry_points.items())),
         ("dims", dims or "-"),
         ("golden", f"{golden} tokens in {len(manifest.golden)} sequences" if golden else "none"),
+        ("accuracy", accuracy_line(manifest.accuracy)),
         ("source", f"checkpoint sha256 {manifest.source[:16]}"),
         ("built with", versions),
         ("digests", "all files and weights verified" if verified else "not verified"),
     ]
+
+
+def accuracy_line(found: dict[str, Any]) -> str:
+    """What quantizing cost, when the build measured it."""
+    if not found:
+        return "not measured"
+    base = found["baseline"]
+    change = f"perplexity {base['change']['value']:+.2%}, KL {base['kl_mean']:.2e}, same first choice"
+    return f"{change} {base['top1_agreement']:.1%} on {found['scored_tokens']} held-out tokens"
 
 
 def state_rows(manifest: Manifest) -> list[Row]:

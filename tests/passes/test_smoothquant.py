@@ -47,6 +47,14 @@ def test_smoothing_changes_no_logit(make: Any, fused: bool, tmp_path: Path) -> N
     torch.testing.assert_close(logits(module), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_a_bf16_module_stays_bf16(tmp_path: Path) -> None:
+    module = llama(2, dtype=torch.bfloat16)
+    exact = logits(module).float()
+    calibrated(module, tmp_path, "smoothquant", ("gptq", {"bits": 8, "group_size": None}))
+    assert module.weights["layers.0.attn.q_proj.weight.codes"].dtype == torch.uint8
+    assert float((logits(module).float() - exact).norm() / exact.norm()) < 0.05
+
+
 def test_planted_outliers_break_int8_activations_and_smoothing_repairs_them(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(planted(mlp())), logits(mlp()), rtol=1e-3, atol=1e-4)
     clean, naive = kl(mlp(), tmp_path / "a"), kl(planted(mlp()), tmp_path / "b")
