@@ -52,19 +52,14 @@ def alone(executor, prompts):
     return [run(EngineCore(executor, options=WITHOUT_CACHE), [prompt])[0] for prompt in prompts]
 
 
-def run(core, prompts, hold=0):
-    """Greedy tokens of prompts that are added together; ``hold``: blocks a group kept from the engine."""
-    held = [(pool, pool.take(max(0, pool.free - hold))) for pool in core.scheduler.allocator.pools.values() if hold]
+def run(core, prompts):
+    """Greedy tokens of prompts that are added together."""
     params = GenerationParams(SamplingParams(temperature=0), NEW, ignore_eos=True)
     ids = [core.add(prompt, params) for prompt in prompts]
     results = {i: [] for i in ids}
     while core.has_work:
         for output in core.step():
             results[output.request_id].append(output.sampled.token)
-    core.scheduler.cache.clear()
-    for pool, blocks in held:
-        assert pool.free == min(hold, pool.total)
-        pool.give(blocks)
     return [results[i] for i in ids]
 
 
@@ -83,12 +78,9 @@ def test_in_small_chunks(executor, prompts, alone):
 
 @pytest.mark.parametrize("options", [WITHOUT_CACHE, SWAPPING], ids=["recomputed", "swapped"])
 def test_preempted(executor, prompts, alone, options):
-    """A pool too small for the batch; with slots a better priority takes the place of a running sequence."""
+    """Every third step a sequence loses its place."""
     core = EngineCore(executor, options=options)
-    if paged(executor):
-        assert run(core, prompts, hold=30) == alone
-    else:
-        assert interrupted(core, prompts) == alone
+    assert interrupted(core, prompts) == alone
     stats = core.scheduler.stats()
     assert (stats.swaps if options is SWAPPING else stats.recomputes) > 3
 
@@ -116,6 +108,7 @@ def test_with_prefix_cache_hits(executor, prompts, alone, together):
     else:
         params = GenerationParams(SamplingParams(temperature=0), NEW, ignore_eos=True)
         found = []
+        prompts, alone = prompts[:12], alone[:12]
         for prompt in prompts:
             core.add(prompt, params)
             found.append([])
@@ -130,10 +123,9 @@ def test_with_everything_at_once(executor, prompts, alone):
     options = SchedulerOptions(chunk=16, swap=SwapOptions(bytes=1 << 30, bytes_per_second=1e12))
     core = EngineCore(executor, options=options)
     for _ in range(2):
-        assert (run(core, prompts, hold=30) if paged(executor) else interrupted(core, prompts)) == alone
+        assert interrupted(core, prompts) == alone
     assert core.scheduler.stats().swaps > 3
     assert core.scheduler.stats().cached_tokens > 0
-    core.scheduler.cache.clear()
 
 
 def test_a_wrong_copy_is_noticed(executor, prompts, alone, monkeypatch):
