@@ -210,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     with serving(options.artifact, *options.serve.split()) as (server, url):
         figures, problems = asyncio.run(soak_server(url, server, options))
     row = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "commit": commit(), "machine": processor(), "cores": cores()}
+    row |= {"load_average": round(os.getloadavg()[1], 1)}  # above the number of cores, others use this machine too
     row |= {"artifact": options.artifact.name, **figures, "problems": len(problems)}
     print(json.dumps(row, indent=2))
     for problem, count in Counter(problems).most_common(20):
