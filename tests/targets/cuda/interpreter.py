@@ -153,7 +153,9 @@ class PlanInterpreter:
         size = dtype_bytes(arg.dtype)
         strides = [s // size for s in arg.strides]
         flat = where.view(base + arg.offset, getattr(torch, arg.dtype))
-        return TensorDescriptor(torch.as_strided(flat, arg.shape, strides), list(arg.shape), strides, list(arg.box))
+        rows = min(arg.shape[0], len(flat) // strides[0])  # states are described by a bound on their blocks
+        shape = [rows, *arg.shape[1:]]
+        return TensorDescriptor(torch.as_strided(flat, shape, strides), shape, strides, list(arg.box))
 
     def _find(self, name: str, bucket: Bucket, region: Bytes, packed: Region) -> tuple[Bytes, int]:
         if name in bucket.offsets:
