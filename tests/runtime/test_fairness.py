@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmopt.errors import DeadlineError, QueueFullError
+from llmopt.errors import ConfigError, DeadlineError, QueueFullError
 from llmopt.runtime.clock import VirtualClock
 from llmopt.runtime.core import EngineCore
 from llmopt.runtime.fairness import QueueOptions, TenantShares
 from llmopt.runtime.options import SchedulerOptions
+from llmopt.runtime.swap import SwapOptions
 from tests.runtime.fake import oracle, plan_of
 from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy, make, step
 from tests.runtime.timed import TimedExecutor
@@ -28,6 +29,25 @@ def order_of_ends(core, limit=2000):
         ended += [output.request_id for output in core.step() if output.finish_reason]
         core.clock.advance(1.0)
     raise AssertionError("the engine does not come to an end")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "chunk must be at least 1, not 0"),
+        ({"step_tokens": 0}, "step_tokens must be at least 1"),
+        ({"queue": QueueOptions(max_waiting=0)}, "max_waiting must be at least 1"),
+        ({"queue": QueueOptions(max_waiting_per_tenant=-1)}, "max_waiting_per_tenant"),
+        ({"queue": QueueOptions(aging_seconds=0)}, "aging_seconds must be above 0, not 0"),
+        ({"queue": QueueOptions(aging_seconds=float("nan"))}, "aging_seconds"),
+        ({"queue": QueueOptions(output_weight=-1)}, "output_weight must be at least 0"),
+        ({"swap": SwapOptions(bytes=-1)}, "swap bytes must be at least 0"),
+        ({"swap": SwapOptions(bytes_per_second=0)}, "bytes_per_second must be above 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SchedulerOptions(**options)
 
 
 def test_a_flood_of_one_key_does_not_delay_another():
