@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from cuda.bindings import driver as real
 
-from llmopt.artifact import WeightsPlan
+from benchmarks import startup
+from llmopt.artifact import Artifact, WeightsPlan
 from llmopt.cli.main import run
 from llmopt.runtime.executors import cuda
 from llmopt.runtime.executors.cuda import driver
@@ -166,6 +167,22 @@ def test_a_run_needs_no_torch_no_triton_and_no_compiler(artifact: Path, root: Pa
 def test_the_guard_works(what: str) -> None:
     done = subprocess.run([sys.executable, "-c", GUARD + what], capture_output=True, text=True)
     assert "at run time" in done.stderr
+
+
+def test_the_startup_benchmark_measures_the_seeded_weights(artifact: Path, tmp_path: Path) -> None:
+    startup.draw(artifact, tmp_path / "drawn")
+    drawn, seeded = Artifact.open(tmp_path / "drawn"), Artifact.open(artifact)
+    ours, theirs = drawn.weight_store(), seeded.weight_store()
+    assert drawn.manifest.weights.kind == "embedded"
+    for name in seeded.program.weights:
+        assert ours.get(name).tobytes() == theirs.get(name).tobytes()
+
+
+def test_what_is_installed_beside_llmopt_is_small() -> None:
+    found = startup.packages()
+    assert found["bytes"] <= 200e6, found["packages"]
+    assert {"numpy", "cuda-bindings", "tokenizers"} <= set(found["packages"])
+    assert not {"torch", "triton"} & set(found["packages"])
 
 
 @pytest.fixture(scope="module")
