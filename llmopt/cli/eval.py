@@ -53,6 +53,8 @@ def evaluate(
     from llmopt.runtime.executors import load_executor
     from llmopt.target import LoadOptions
 
+    if report is not None and baseline is None:
+        raise ConfigError("a report compares with a baseline", where="--report", hint="give --baseline")
     opened = Artifact.open(artifact, weights=weights, defer=True)
     if window > opened.program.max_context:
         raise ConfigError(f"--window {window} exceeds the context of {opened.program.max_context}", where=str(artifact))
