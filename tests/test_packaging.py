@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,12 @@ def test_the_bare_runtime_serves_the_artifact(runtime, compiled):
             "temperature": 0,
         }
         status, answer = ask(port, "POST", "/v1/completions", body)
+        url = f"http://127.0.0.1:{port}"
+        load = runtime.run("llmopt", "bench", "serve", url, "--requests", "3", "--prompt-len", "4", "--json")
+        with urllib.request.urlopen(url) as page:
+            assert b"Playground" in page.read()
+    assert load.returncode == 0, load.stderr
+    assert json.loads(load.stdout)["succeeded"] == 3
     assert status == 200, answer
     assert answer["choices"][0]["text"]
     assert answer["usage"]["completion_tokens"] == 8
