@@ -76,13 +76,13 @@ def chunk(writer, data):
 
 
 @contextlib.contextmanager
-def serving(scripted):
-    """The base URL of ``scripted``, running in a thread."""
+def serving(scripted, tls=None):
+    """The base URL of ``scripted``, running in a thread. ``tls``: the SSLContext of an https server."""
     ready, stop, found = threading.Event(), asyncio.Event(), {}
 
     async def main():
         found["loop"] = asyncio.get_running_loop()
-        async with await asyncio.start_server(scripted.accept, "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(scripted.accept, "127.0.0.1", 0, ssl=tls) as server:
             found["port"] = server.sockets[0].getsockname()[1]
             ready.set()
             await stop.wait()
@@ -96,7 +96,7 @@ def serving(scripted):
     thread.start()
     try:
         assert ready.wait(5)
-        yield f"http://127.0.0.1:{found['port']}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{found['port']}"
     finally:
         found["loop"].call_soon_threadsafe(stop.set)
         thread.join(5)

@@ -1,6 +1,9 @@
 """llmopt bench serve against a server whose times are known, and what it says when there is none."""
 
 import json
+import shutil
+import ssl
+import subprocess
 
 import pytest
 
@@ -139,3 +142,20 @@ def test_people_see_tables(capsys):
         "ITL",
         "end",
     ]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_https_is_verified(tmp_path, monkeypatch, capsys):
+    """A server whose certificate is known is measured; one nobody vouches for is not spoken to."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=127.0.0.1"
+    command = [*make.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with serving(Scripted(first=0.01, gap=0.001), tls) as url:
+        assert run(["bench", "serve", url, "--requests", "2"]) == 10
+        assert "certificate verify failed" in capsys.readouterr().err
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert run(["bench", "serve", url, "--requests", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["succeeded"] == 2
