@@ -33,10 +33,10 @@ def test_it_measures_what_the_server_does(bench, tmp_path):
     )  # fmt: skip
     assert code == 0
     assert (found["succeeded"], found["prompt_tokens"], found["output_tokens"]) == (8, 88, 48)
-    assert 100 <= found["ttft_ms"]["p50"] < 160
-    assert 29 <= found["tpot_ms"]["p50"] < 45
-    assert 29 <= found["itl_ms"]["p50"] < 45
-    assert 250 <= found["e2e_ms"]["p50"] < 350
+    assert 100 <= found["ttft_ms"]["p50"] < 300
+    assert 29 <= found["tpot_ms"]["p50"] < 90
+    assert 29 <= found["itl_ms"]["p50"] < 90
+    assert 250 <= found["e2e_ms"]["p50"] < 750
     assert found["goodput_share"] == 0  # no first token within 90 ms
     assert found["tokens_per_chunk"] == 1
     records = json.loads(files[0].read_text())["records"]

@@ -27,8 +27,8 @@ def test_it_measures_the_steps_of_the_engine(bench, start):
     found = bench(server, "--requests", 6, "--concurrency", 2, "--prompt-len", 5, "--output-len", 10, "--warmup", 2)
     assert (found["succeeded"], found["output_tokens"], found["prompt_tokens"]) == (6, 60, 30)
     assert found["model"] == "fake"
-    assert 30 <= found["tpot_ms"]["p50"] < 60
-    assert 30 <= found["ttft_ms"]["p50"] < 110
+    assert 30 <= found["tpot_ms"]["p50"] < 90
+    assert 30 <= found["ttft_ms"]["p50"] < 180
     assert found["peak_running"] == 2
 
 

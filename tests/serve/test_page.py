@@ -75,7 +75,7 @@ def test_a_conversation_streams(browser, start):
     tab.press_enter()
     first = tab.wait(DONE)
     assert re.fullmatch(r"12 tokens · first after \d\.\d\d s · [\d.]+ tokens/s · length", first)
-    assert 5 < float(re.search(r"([\d.]+) tokens/s", first)[1]) < 55  # a step takes 20 ms
+    assert 2 < float(re.search(r"([\d.]+) tokens/s", first)[1]) < 55  # a step takes 20 ms
     assert tab.run("document.querySelector('.said.user .text').textContent") == "Who are <b>you</b>?"
     assert tab.run("document.querySelector('.said.user b')") is None
     answer = tab.run("document.querySelector('.said.model .text').textContent")
@@ -204,7 +204,7 @@ def test_the_live_view_follows_the_server(browser, start):
     tab.type("#prompt", "Go on")
     tab.press_enter()
     rate = float(tab.wait(f"{TILE.format(0)} !== '0' && {TILE.format(0)}"))
-    assert 4 < rate < 25  # a step takes 50 ms
+    assert 2 < rate < 40  # a step takes 50 ms
     tab.wait(f"{TILE.format(2)} === '1'")  # running
     tab.wait(f"parseFloat({TILE.format(4)}) > 0")  # KV blocks in use, percent
     tab.click("#stop")
