@@ -101,3 +101,14 @@ def test_ring_states_and_fp32_are_left_alone() -> None:
     assert "attention" not in text(fused(replace(function, calls=ring), dims(1), OPS))
     types = {name: replace(kind, dtype="float32") for name, kind in function.types.items()}
     assert not any(line.startswith("linear ") for line in text(fused(replace(function, types=types), dims(1), OPS)))
+
+
+def test_prefill_joins_gates_and_with_many_rows_additions() -> None:
+    extend = model("llama-tied").program.functions["extend"]
+    some = text(fused(extend, {**dims(512), "N": 1}, OPS))
+    assert some.count("linear gate") == 2
+    assert "linear residual" not in some
+    many = text(fused(extend, {**dims(2048), "N": 1}, OPS))
+    assert (many.count("linear gate"), many.count("linear residual")) == (2, 4)
+    assert "linear norm" not in many
+    assert "attention" not in many  # keys and values are written before

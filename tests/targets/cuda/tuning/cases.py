@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ def linear_site(m: int, n: int, k: int, gate: str | None = None) -> CallSite:
     }  # fmt: skip
     out = dense("y", 1, m, n if gate is None else n // 2)
     return CallSite(OpCall("cuda.linear", {}, ("y",)), {}, values, (out,), {"T": m}, "decode", 90)
+
+
+def experts_site(rows: int, experts: int) -> CallSite:
+    """A mixture's experts, two for each row."""
+    values = {
+        "x": dense("h", rows, 256), "index": replace(dense("i", rows, 2), dtype="int64"), "weight": dense("s", rows, 2),
+        "gate_up": dense("g", experts, 128, 256), "down": dense("d", experts, 256, 64), "gate_up_bias": None,
+        "down_bias": None, "activation": "silu",
+    }  # fmt: skip
+    call = OpCall("llmopt.moe_experts", {}, ("y",))
+    return CallSite(call, {}, values, (dense("y", rows, 256),), {"T": rows}, "decode", 90)
 
 
 def entry(key: str, config: dict[str, Any], kernel: str = "gemv") -> Entry:

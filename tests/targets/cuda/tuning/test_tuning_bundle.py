@@ -9,13 +9,13 @@ import pytest
 
 from llmopt.errors import ArtifactError, ExecutorError, ResourceError
 from targets.cuda.kernel import Kernel
-from targets.cuda.kernels import gemm, gemm_persistent, gemv
+from targets.cuda.kernels import gemm, gemm_persistent, gemv, moe
 from targets.cuda.tuning.build import entry as describe
 from targets.cuda.tuning.build import site_cases
 from targets.cuda.tuning.bundle import FILE, open_bundle
 from targets.cuda.tuning.candidates import candidates
 from targets.cuda.tuning.timing import measure, winners
-from tests.targets.cuda.tuning.cases import FakeTimer, bundle, entry, linear_site
+from tests.targets.cuda.tuning.cases import FakeTimer, bundle, entry, experts_site, linear_site
 
 
 def ignore(what: str, done: int, total: int) -> None:
@@ -44,6 +44,20 @@ def test_every_candidate_is_served_as_asked(kernel: Kernel, m: int, gate: str | 
         made = describe(case, ())
         assert made.buffers["weight"].kind == "pool"
         assert made.check == {"m": m, "n": 8192, "k": 4096, "gate": gate, "residual": False}
+
+
+def test_experts_are_tried_with_rows_spread_over_them() -> None:
+    cases = list(site_cases(moe.KERNEL, experts_site(64, 8), "mixtral", "layer"))
+    assert len(cases) >= 3
+    assert {case.key for case in cases} == {"bfloat16 64x2 of 8 256x64"}
+    assert all(case.selection.reason.endswith("tuned") for case in cases)
+    index = cases[0].data["index"]
+    assert len(index) == 128
+    assert set(index) == set(range(8))
+    assert all(a != b for a, b in zip(index[::2], index[1::2]))
+    made = describe(cases[0], ())
+    assert made.buffers["index"].dtype == "int64"
+    assert {name for name, buffer in made.buffers.items() if buffer.kind == "pool"} == {"gate_up", "down"}
 
 
 def test_other_kernels_have_nothing_to_try() -> None:
