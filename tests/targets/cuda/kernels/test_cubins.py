@@ -10,6 +10,7 @@ import pytest
 from llmopt.errors import TargetError
 from targets.cuda.cache import CubinCache, Job
 from targets.cuda.compile import compile_all
+from targets.cuda.fusion import ABSENT, ATTENTION, HEAD_NORM, LINEAR
 from targets.cuda.kernel import Kernel, Selection, Specialization, Strided
 from targets.cuda.kernels import (
     attention,
@@ -42,6 +43,19 @@ def bf16(name: str, *shape: int) -> Strided:
 def linear(m: int, n: int, k: int) -> tuple[str, dict[str, Any], tuple[Strided, ...], str]:
     values = {"input": bf16("x", 1, m, k), "weight": bf16("w", n, k), "bias": bf16("b", n)}
     return "aten.linear.default", values, (bf16("out", 1, m, n),), "decode"
+
+
+def joined(n: int, k: int, **parts: Any) -> tuple[str, dict[str, Any], tuple[Strided, ...], str]:
+    values = {"input": bf16("x", 1, 1, k), "weight": bf16("w", n, k), "bias": None, **ABSENT, "eps": 1e-5, **parts}
+    return LINEAR, values, (bf16("out", 1, 1, n // 2 if "gate" in parts else n),), "decode"
+
+
+def attend_joined(rows: int, norm: Strided | None) -> tuple[str, dict[str, Any], Any, str]:
+    _, values, (out,), _ = attend("decode", rows, rows, 64)
+    more = {"k": bf16("nk", 1, 8, rows, 128), "v": bf16("nv", 1, 8, rows, 128), "cos": bf16("cos", 1, rows, 64),
+            "sin": bf16("sin", 1, rows, 64), "slot_mapping": dense("m", "int64", rows), "interleaved": False,
+            **HEAD_NORM, "q_norm": norm, "k_norm": norm}  # fmt: skip
+    return ATTENTION, {**values, **more}, (out, values["k_state"], values["v_state"]), "decode"
 
 
 def attend(function: str, rows: int, n: int, size: int, **more: Any) -> tuple[str, dict[str, Any], Any, str]:
@@ -91,12 +105,17 @@ DRAW = {
 }  # fmt: skip
 CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemv.KERNEL, linear(1, 512, 1024)),
+    (gemv.KERNEL, joined(512, 4096, norm=bf16("g", 4096))),
+    (gemv.KERNEL, joined(512, 4096, norm=bf16("g", 4096), gate="silu")),
+    (gemv.KERNEL, joined(512, 4096, residual=bf16("r", 1, 1, 512))),
     (gemm.KERNEL, linear(8, 512, 1024)),
     (gemm.KERNEL, linear(200, 512, 1024)),
     (gemm.KERNEL, linear(9, 33, 65)),
     (gemm_persistent.KERNEL, linear(2048, 4096, 512)),
     (attention.KERNEL, attend("decode", 4, 4, 16)),
     (attention.KERNEL, attend("decode", 4, 4, 64, sinks=bf16("s", 32), window=100, sink_tokens=4)),
+    (attention.KERNEL, attend_joined(1, bf16("g", 128))),
+    (attention.KERNEL, attend_joined(32, None)),
     (attention.KERNEL, attend("extend", 4096, 2, 64)),
     (attention.KERNEL, attend("extend", 64, 2, 256, ring=True, window=128, softcap=30.0)),
     (rotary.KERNELS[0], table()),
