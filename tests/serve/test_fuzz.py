@@ -72,6 +72,7 @@ def strict_server(server):
     assert server.wait() == (0, "")
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=bodies() | RAW)
 def test_every_body_has_an_answer(strict_server, case):

@@ -9,12 +9,16 @@ import time
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmopt.errors import ConfigError, ExecutorError
 from llmopt.runtime.core import TokenOutput
 from llmopt.runtime.protocol import Sampled
 from llmopt.serve.health import Canary, DeepHealth
+from llmopt.serve.metrics import FIRST_TOKEN, Buckets
 from llmopt.serve.security import load_keys
 
 BODY = {"prompt": "Hi", "temperature": 0, "max_tokens": 5}
@@ -107,6 +111,17 @@ def test_limits(start):
     assert chat["usage"]["completion_tokens"] == 6
 
 
+@given(st.lists(st.floats(0, 10), max_size=40))
+def test_buckets_are_prometheus_clients(found):
+    theirs, ours = Histogram("h", "h", buckets=FIRST_TOKEN, registry=None), Buckets(FIRST_TOKEN)
+    for value in [*found, *FIRST_TOKEN]:
+        theirs.observe(value)
+        ours.observe(value)
+    expected = {(s.name, s.labels.get("le")): s.value for m in theirs.collect() for s in m.samples}
+    counted = {(s.name, s.labels.get("le")): s.value for s in ours.family("h", "h").samples}
+    assert counted == {key: value for key, value in expected.items() if key[0] != "h_created"}
+
+
 def test_metrics_count_what_clients_saw(start):
     server = start()
     before = values(server)
@@ -131,8 +146,7 @@ def test_metrics_count_what_clients_saw(start):
         time.sleep(0.1)
 
 
-def test_tokens(start, tokenizer):
-    server = start()
+def test_tokens(server, tokenizer):
     ids = tokenizer.encode("Once upon a time")
     found = post(server, {"prompt": "Once upon a time", "return_token_strs": True}, "/tokenize").json()
     assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), 96)
@@ -187,10 +201,10 @@ def test_the_canary_compares_what_is_certain():
     asyncio.run(talk())
 
 
-def test_deep_health_runs_the_engine(start):
-    server = start()
+def test_deep_health_runs_the_engine(server):
+    before = values(server)[("llmopt_generation_tokens_total",)]
     assert httpx.get(f"{server.url}/health/deep", timeout=10).json()["status"] == "ok"
-    assert values(server)[("llmopt_generation_tokens_total",)] == 0  # the canary is nobody's request
+    assert values(server)[("llmopt_generation_tokens_total",)] == before  # the canary is nobody's request
 
 
 def together(server, count, body):

@@ -35,6 +35,7 @@ def artifact(embedded_model, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_every_finished_text_follows_its_schema(artifact):
     with open_session(artifact, LoadOptions(threads=1, max_sequences=16)) as session:
         core, asked = session.engine.core, {}
