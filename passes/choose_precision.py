@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.calibration.budget import Option, Point, choose, pareto
-from llmopt.calibration.session import require_calibration
+from llmopt.calibration.session import require_calibration, spool_of
+from llmopt.calibration.spool import Spool
 from llmopt.errors import PassError
 from llmopt.ir.feed import run_sequence
 from llmopt.ir.module import Module, Precision
@@ -80,7 +82,9 @@ class ChoosePrecision(Pass):
         if ctx.calibration is None:
             module.precision |= {name: Precision(*found[0]) for name, found in candidates.items()}
             return len(names)
-        losses = self._losses(module, candidates, ctx)
+        measured = f"{self.bits} {self.group_sizes} {self.symmetric} {self.windows} {names}"
+        spool = spool_of(self, module, function, ctx.calibration, measured)
+        losses = self._losses(module, candidates, ctx.calibration, spool)
         options = {name: self._options(module, name, candidates[name], losses[name], ctx.dtype) for name in names}
         front = pareto(list(options.values()))
         rest = sum(w.nbytes for name, w in module.weights.items() if name not in options)
@@ -101,19 +105,25 @@ class ChoosePrecision(Pass):
         return [(bits, size) for bits in sorted(self.bits) for size in sorted(sizes, reverse=True)]
 
     def _losses(
-        self, module: Module, candidates: dict[str, list[tuple[int, int]]], ctx: PassContext
+        self, module: Module, candidates: dict[str, list[tuple[int, int]]], calibration: Calibration, spool: Spool
     ) -> dict[str, float]:
         """Mean KL of each weight alone at its smallest candidate."""
-        assert isinstance(ctx.calibration, Calibration)
-        tokens = ctx.calibration.windows[: self.windows]
-        exact = [logits(module, window) for window in tokens]
+        tokens = calibration.windows[: self.windows]
+        exact: list[Tensor] = []
+
+        def measure(weight: Weight, name: str, option: tuple[int, int]) -> dict[str, Tensor]:
+            if not exact:
+                exact.extend(logits(module, window) for window in tokens)
+            module.weights[name] = Constant(self._rounded(weight, *option).to(weight.dtype))
+            losses = [kl(a, logits(module, window)) for a, window in zip(exact, tokens)]
+            module.weights[name] = weight
+            return {"kl": torch.tensor(losses)}
+
         found = {}
         for done, (name, options) in enumerate(candidates.items(), 1):
-            weight = module.weights[name]
-            module.weights[name] = Constant(self._rounded(weight, *options[0]).to(weight.dtype))
-            found[name] = sum(kl(a, logits(module, w)) for a, w in zip(exact, tokens)) / len(tokens)
-            module.weights[name] = weight
-            ctx.calibration.progress(self.name, done, len(candidates))
+            saved = spool.saved(f"loss{done}", partial(measure, module.weights[name], name, options[0]))
+            found[name] = float(saved.tensors()["kl"].mean())
+            calibration.progress(self.name, done, len(candidates))
         return found
 
     def _rounded(self, weight: Weight, bits: int, group: int) -> Tensor:

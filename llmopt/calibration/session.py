@@ -55,6 +55,14 @@ class Group:
         return self.walk.spool.saved(f"group{self.index}-{name}", compute)
 
 
+def spool_of(pass_: Pass, module: Module, function: fx.GraphModule, calibration: Calibration, options: str) -> Spool:
+    """Where a pass keeps what it computes; ``options``: those of its own that the results depend on."""
+    text = print_function(module, next(name for name, found in module.functions.items() if found is function))
+    state = f"{calibration.key}\n{options}\n{calibration.windows.tolist()}\n{module.precision}\n{text}"
+    digest = hashlib.sha256(state.encode()).hexdigest()
+    return Spool(calibration.folder / f"{pass_.name}-{digest[:16]}", digest)
+
+
 def walk_groups(
     pass_: Pass, module: Module, function: fx.GraphModule, sites: list[Site], calibration: Calibration
 ) -> Iterator[Group]:
@@ -62,10 +70,8 @@ def walk_groups(
 
     A consumer rewrites a group before it takes the next one: later activations come from what was put in.
     """
-    text = print_function(module, next(name for name, found in module.functions.items() if found is function))
-    state = f"{calibration.key}\n{pass_!r}\n{calibration.windows.tolist()}\n{module.precision}\n{text}"
-    digest = hashlib.sha256(state.encode()).hexdigest()
-    walk = Walk(module, function, calibration, Spool(calibration.folder / f"{pass_.name}-{digest[:16]}", digest))
+    spool = spool_of(pass_, module, function, calibration, repr(pass_))
+    walk = Walk(module, function, calibration, spool)
     groups = by_input(sites)
     for index, group in enumerate(groups):
         layer = layer_name(module, group[0].weights[0])

@@ -83,6 +83,19 @@ def test_gptq_takes_the_choice_and_weights_left_alone_stay(tmp_path: Path) -> No
     assert float((logits(module) - exact).abs().max()) > 0
 
 
+def test_another_budget_measures_nothing_again(tmp_path: Path) -> None:
+    def choose(budget: float) -> float:
+        module = uneven()
+        calibrated(module, tmp_path, ("choose_precision", {**OPTIONS, "kl": budget}))
+        return float(module.notes["choose_precision"]["kl"])
+
+    first = choose(0.05)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("loss*.safetensors")}
+    assert len(files) == 6
+    assert choose(0.5) > first
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("loss*.safetensors")}
+
+
 def test_every_choice_is_explained(tmp_path: Path) -> None:
     module = uneven()
     calibrated(module, tmp_path, ("choose_precision", {**OPTIONS, "size": "60kB"}))
