@@ -36,7 +36,7 @@ COUNTERS = {
 
 
 class Buckets:
-    """A histogram. prometheus_client's own takes a lock and a loop for a value: 9.2 µs a token, against 4.2 with this."""
+    """A histogram. prometheus_client's own takes a lock and a loop a value: 9.2 µs a token, against 4.2 with this."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
