@@ -109,6 +109,8 @@ def run(
     for flag, value in (("--output", output), ("--served-model-name", served_model_name)):
         if value is not None and source is None:
             raise click.UsageError(f"{flag} needs --input")
+    if output is not None and source is not None and output.resolve() == source.resolve():
+        raise click.UsageError("--output is the --input file")
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
     loading = Loading(artifact, weights, device, threads, max_sequences or (8 if source else 1), max_context)

@@ -50,14 +50,18 @@ class Journal:
         """Write the results of ``lines`` in that order to ``output``, at once, and remove the journal."""
         self.sync()
         aside = output.with_name(f".{output.name}.tmp")
-        with aside.open("wb") as file:
-            for line in lines:
-                start, size = self.done[line]
-                self._file.seek(start)
-                file.write(self._file.read(size) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(output)
+        try:
+            with aside.open("wb") as file:
+                for line in lines:
+                    start, size = self.done[line]
+                    self._file.seek(start)
+                    file.write(self._file.read(size) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(output)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
         _sync_folder(output.parent)
         self._path.unlink()
 

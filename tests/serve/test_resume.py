@@ -134,6 +134,23 @@ def test_a_changed_file_is_not_resumed(embedded_model, source, states, tmp_path)
     assert not target.exists()
 
 
+def test_a_full_disk_at_the_end_leaves_the_answers(embedded_model, source, whole, tmp_path, monkeypatch):
+    target = tmp_path / "out.jsonl"
+    target.write_text("old\n")
+    with monkeypatch.context() as patch:
+
+        def full(self, other):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(journals.Path, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            answer_file(embedded_model, source, target)
+    assert target.read_text() == "old\n"
+    assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "whole.jsonl", "out.jsonl", "out.jsonl.partial"}
+    assert answer_file(embedded_model, source, target) == (10, 0)
+    assert answers(target) == whole
+
+
 def test_two_processes_cannot_write_one_output(embedded_model, source, tmp_path):
     target = tmp_path / "out.jsonl"
     with open_journal(target, {}), pytest.raises(ResourceError, match="another process"):

@@ -254,6 +254,7 @@ def test_a_line_may_ask_for_a_form(llmopt, tmp_path):
         (["--input", "/dev/null"], 11, "the file holds no requests"),
         (["--input", "x", "-p", "a"], 2, "--input goes without --prompt"),
         (["--output", "x"], 2, "--output needs --input"),
+        (["--input", "x", "--output", "./x"], 2, "--output is the --input file"),
         (["--served-model-name", "x", "-p", "a"], 2, "--served-model-name needs --input"),
         (["--system", "x", "-p", "a"], 2, "--system needs --chat"),
         (["-p", "a", "--weights", "/tmp"], 9, "weights"),
