@@ -79,6 +79,7 @@ class GenerationRequest(Strict):
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None
+    cache_salt: str | None = None
     structured_outputs: StructuredOutputs | None = None
 
     @property
@@ -126,6 +127,7 @@ class GenerationRequest(Strict):
             bool(self.ignore_eos),
             prompt_logprobs=self.prompt_alternatives(),
             priority=self.priority or 0,
+            cache_salt=self.cache_salt or "",
         )
 
 
