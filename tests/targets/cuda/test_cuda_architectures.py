@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmopt.runtime.protocol import FloatArray
+from targets.cuda.kernels._common import SM_COUNT
 from targets.cuda.options import CudaOptions
 from targets.cuda.select import discover
 from tests.targets.cuda.models import interpreted, model, reference
@@ -16,7 +17,7 @@ from tests.targets.models import worst
 from tests.targets.ragged import RaggedDriver
 
 SERVED = ("llama-tied", "qwen3", "gemma2", "gpt2", "phi3-longrope", "gpt_oss")
-"""One of each kind of norm, rotation, window, softcap, sinks and experts: the interpreter takes some 10 s a model."""
+"""One of each kind of norm, rotation, window, softcap, sinks and experts: the interpreter takes some 7 s a model."""
 
 OPTIONS = CudaOptions(decode_buckets=(4,), extend_buckets=(16,), extend_sequences=(4,))
 LENGTHS, PROMPTS, CHUNK = (26, 4, 7), (24, 1, 4), 12
@@ -32,7 +33,8 @@ def logits(executor: Any, vocab_size: int) -> list[FloatArray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SERVED)
-def test_kernels_compute_what_the_reference_computes(architecture: str) -> None:
+def test_kernels_compute_what_the_reference_computes(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SM_COUNT, 90, 8)  # a full GPU's splits of the keys are three quarters of the time
     found = model(architecture)
     vocab_size = found.program.vocab_size
     expected = logits(reference(found), vocab_size)
