@@ -179,6 +179,16 @@ def is_weight(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr"
 
 
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """A copy whose nodes keep their names and share their values' types."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in source.nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+        made[node].meta = dict(node.meta)
+    return graph
+
+
 def precedes(a: fx.Node, b: fx.Node) -> bool:
     """Whether ``a`` comes before ``b`` in the program."""
     return a < b

@@ -13,7 +13,7 @@ from torch import fx
 from llmopt.errors import PassError
 from llmopt.ir.module import Module, Precision
 from llmopt.ir.quant import QuantTensor
-from llmopt.ir.rewrite import arguments, aten, dialect
+from llmopt.ir.rewrite import arguments, aten, copy_graph, dialect
 from llmopt.ir.weights import checkpoint_names
 
 LINEAR, LINEAR_Q = aten.linear.default, dialect.linear_q.default
@@ -159,7 +159,7 @@ def restored(module: Module, keep: Collection[str]) -> Module:
     functions = {}
     for name, function in module.functions.items():
         functions[name] = fx.GraphModule(torch.nn.Module(), fx.Graph())
-        functions[name].graph = copied(function.graph)
+        functions[name].graph = copy_graph(function.graph)
     copy = replace(module, functions=functions, weights=dict(module.weights))
     for function in functions.values():
         for node in function.graph.find_nodes(op="call_function", target=LINEAR_Q):
@@ -179,16 +179,6 @@ def restored(module: Module, keep: Collection[str]) -> Module:
 def unrounded(source: fx.Node) -> fx.Node:
     """A linear's input before any rounding of activations."""
     return source.args[0] if source.target is dialect.round_activations.default else source  # type: ignore[return-value]
-
-
-def copied(source: fx.Graph) -> fx.Graph:
-    """A copy of a graph; its nodes keep their names and share their values' types."""
-    graph = fx.Graph()
-    made: dict[fx.Node, fx.Node] = {}
-    for node in source.nodes:
-        made[node] = graph.node_copy(node, made.__getitem__)
-        made[node].meta = dict(node.meta)
-    return graph
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import fx
 
 from llmopt.ir.module import Module
+from llmopt.ir.rewrite import copy_graph
 
 
 def fork(module: Module, functions: tuple[str, ...]) -> None:
@@ -16,10 +15,5 @@ def fork(module: Module, functions: tuple[str, ...]) -> None:
         return
     captured = module.functions.pop("step")
     for name in functions:
-        graph = fx.Graph()
-        environment: dict[fx.Node, fx.Node] = {}
-        for node in captured.graph.nodes:
-            environment[node] = graph.node_copy(node, environment.__getitem__)
-            environment[node].meta = copy.copy(node.meta)
         module.functions[name] = fx.GraphModule(torch.nn.Module(), fx.Graph())
-        module.functions[name].graph = graph  # weights are nodes of the graph, not attributes to copy
+        module.functions[name].graph = copy_graph(captured.graph)  # weights are nodes of the graph, not attributes to copy
