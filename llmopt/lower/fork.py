@@ -16,4 +16,5 @@ def fork(module: Module, functions: tuple[str, ...]) -> None:
     captured = module.functions.pop("step")
     for name in functions:
         module.functions[name] = fx.GraphModule(torch.nn.Module(), fx.Graph())
-        module.functions[name].graph = copy_graph(captured.graph)  # weights are nodes of the graph, not attributes to copy
+        # weights are nodes of the graph, not attributes to copy
+        module.functions[name].graph = copy_graph(captured.graph)
