@@ -145,14 +145,15 @@ class Constraints:
         """Masks (n, words), by several threads when there are many."""
         assert self.compiler is not None
         masks = np.zeros((len(matchers), self.compiler.words), np.uint32)
-        if len(matchers) < PARALLEL:
+        workers = min(MOST_THREADS, (os.cpu_count() or 1) - 1)
+        if len(matchers) < PARALLEL or workers < 2:
             for matcher, mask in zip(matchers, masks):
                 matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         else:
             if self._threads is None:
                 from llguidance import LLExecutor
 
-                self._threads = LLExecutor(max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1)))
+                self._threads = LLExecutor(workers)
             numbered = list(zip(matchers, range(len(matchers))))
             self._threads.unsafe_compute_mask_ptr(numbered, masks.ctypes.data, masks[0].nbytes, len(matchers))
         for matcher, mask in zip(matchers, masks):

@@ -175,7 +175,9 @@ def test_masks_are_the_matchers(compiler):
         masks[8]
 
 
-def test_many_masks_are_those_of_each_alone(compiler):
+@pytest.mark.parametrize("cores", [2, 5])
+def test_many_masks_are_those_of_each_alone(compiler, monkeypatch, cores):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
     constraints = Constraints(compiler)
     for seq_id in range(40):
         constraints.add(seq_id, DIGITS if seq_id % 3 else SCHEMA_GRAMMAR)
