@@ -65,7 +65,7 @@ def test_a_shifted_position_is_caught(case: str, shift: int, artifacts: Path) ->
     assert errors(artifacts, case, 0, shift).max() > 2 * tolerance(artifacts, case, 0)
 
 
-@pytest.mark.parametrize("case", ["llama", "mixtral-empty", "gemma2"])
+@pytest.mark.parametrize("case", ["llama", "mixtral-empty"])
 def test_the_logits_of_another_model_are_told_apart(case: str, artifacts: Path) -> None:
     """The control of the tolerance: one weight matrix of the last layer a tenth too large."""
     executor, wanted = poisoned(artifacts / case), expected(artifacts, case)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from llmopt.artifact.digest import sha256
 from llmopt.artifact.manifest import FileEntry, Manifest
+from llmopt.cli.main import run
 from llmopt.launch import LaunchPlan, Pointer
 from llmopt.runtime.executors.cuda.driver import call, open_device
 from tests.targets.cuda.guard import GUARD, RUN
@@ -48,7 +50,7 @@ def test_hidden_and_missing_devices(artifacts: Path) -> None:
 
 @pytest.fixture
 def crowded() -> Iterator[None]:
-    """A GPU whose memory another process holds, all but 300 MB."""
+    """A GPU with 300 MB left."""
     device = open_device("cuda")
     held = call("cuMemAlloc", device.free_bytes()[0] - (300 << 20))
     yield
@@ -56,10 +58,18 @@ def crowded() -> Iterator[None]:
     device.close()
 
 
-def test_a_plan_larger_than_the_free_memory(artifacts: Path, crowded: None) -> None:
+def test_a_plan_larger_than_the_free_memory(artifacts: Path, crowded: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, whose context exists: another would find no room for one."""
+    assert run(["run", str(artifacts / MODEL), "--device", "cuda", "--prompt", "The", "--max-tokens", "2"]) == RESOURCE
+    printed = capsys.readouterr().err
+    assert re.search(r"but 0\.\d+ GB are free: 0\.\d+ GB short", printed)
+    assert printed.count("\n") == 1
+
+
+def test_no_room_for_a_context(artifacts: Path, crowded: None) -> None:
     done = command(artifacts / MODEL)
     assert done.returncode == RESOURCE
-    assert "GB short" in done.stderr
+    assert "the GPU is out of memory" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
