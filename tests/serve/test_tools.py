@@ -25,6 +25,9 @@ CALLS = {
 }
 
 
+CALLS["mistral_args"] = lambda *calls: "".join(f"[TOOL_CALLS]{n}[ARGS]{json.dumps(a)}" for n, a in calls)
+
+
 def parse(name, *pieces):
     """Content and calls of an answer that comes in pieces."""
     parser = tool_format(name).parser()
@@ -55,7 +58,7 @@ def test_calls_cut_anywhere(name, data):
     assert parse(name, *cut(text, data)) == ("", expected)
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral"])
+@pytest.mark.parametrize("name", ["hermes", "mistral", "mistral_args"])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_text_before_a_call(name, data):
@@ -128,6 +131,7 @@ def test_detection_by_template():
     assert detect_format("{{ '<tool_call>' }}").name == "hermes"
     assert detect_format("{{ '<|python_tag|>' }}").name == "llama3"
     assert detect_format("{{ '[TOOL_CALLS]' }}").name == "mistral"
+    assert detect_format("{{ '[TOOL_CALLS]' ~ name ~ '[ARGS]' }}").name == "mistral_args"
     assert detect_format("{{ x }}").name == detect_format(None).name == "hermes"
     with pytest.raises(ConfigError, match="did you mean mistral"):
         tool_format("mistrall")
@@ -158,7 +162,7 @@ TOOLS = [
 def compiler(request, embedded_model):
     tokenizer = Tokenizer.load(embedded_model / "tokenizer.json", embedded_model / "tokenizer_config.json")
     if request.param == "markers":
-        tokenizer.backend.add_special_tokens([AddedToken("[TOOL_CALLS]", special=True)])
+        tokenizer.backend.add_special_tokens([AddedToken(t, special=True) for t in ("[TOOL_CALLS]", "[ARGS]")])
         tokenizer.backend.add_tokens([AddedToken("<tool_call>"), AddedToken("</tool_call>")])
     return GrammarCompiler(tokenizer, tokenizer.vocab_size, (1,)), tokenizer
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from llmopt.serve.schemas import moved, schema_source
+
 
 @dataclass(frozen=True)
 class ToolSpec:
@@ -64,6 +66,13 @@ class ToolFormat(ABC):
     @abstractmethod
     def parser(self) -> ToolParser:
         """A parser for one answer."""
+
+    def call(self, tool: ToolSpec, literal: Mapping[str, str]) -> str:
+        """Lark expression of one call."""
+        arguments = moved(tool.parameters, f"#/properties/{self.key}")
+        fields = {"name": {"const": tool.name}, self.key: arguments}
+        schema = {"type": "object", "properties": fields, "required": ["name", self.key], "additionalProperties": False}
+        return f"%json {schema_source(schema)}"
 
     @abstractmethod
     def rest(self, literal: Mapping[str, str], many: bool) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmopt.runtime.params import Grammar
-from llmopt.serve.schemas import moved, schema_source
+from llmopt.serve.schemas import schema_source
 from llmopt.serve.tools.base import ToolFormat, ToolSpec
 
 
@@ -33,7 +33,7 @@ def tool_grammar(
     literal = {marker: _literal(marker, token_of(marker)) for marker in form.markers}
     lines = [f"rest: {form.rest(literal, many)}"]
     lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
-    lines += [f"call_{i}: {schema_rule(_call_schema(tool, form.key))}" for i, tool in enumerate(tools)]
+    lines += [f"call_{i}: {form.call(tool, literal)}" for i, tool in enumerate(tools)]
     calls = f"{literal[form.opening]} rest" if form.opening else "rest"
     if must_call:
         start = calls
@@ -44,13 +44,6 @@ def tool_grammar(
         start = "text | " + _after_text(form, token_of, lines)
         lines += ["text: TEXT", f"TEXT: /{form.prose}/"]
     return Grammar("lark", "\n".join([f"start: {start}", *lines]))
-
-
-def _call_schema(tool: ToolSpec, key: str) -> dict[str, Any]:
-    """Schema of a call's object."""
-    arguments = moved(tool.parameters, f"#/properties/{key}")
-    fields = {"name": {"const": tool.name}, key: arguments}
-    return {"type": "object", "properties": fields, "required": ["name", key], "additionalProperties": False}
 
 
 def _after_text(form: ToolFormat, token_of: Callable[[str], int | None], lines: list[str]) -> str:

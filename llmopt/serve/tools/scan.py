@@ -38,10 +38,17 @@ class CallScanner:
 
     def take(self) -> str:
         """Argument text since the last call of this method; empty while the name is unknown."""
-        if self.name is None:
-            return ""
+        return "" if self.name is None else self.take_value()
+
+    def take_value(self) -> str:
+        """The same, whether the name is known or not."""
         ready, self._ready = self._ready, ""
         return ready
+
+    @property
+    def closed(self) -> bool:
+        """Whether the arguments are an object that has been read to its end."""
+        return self._field == self._key and self._depth == 1 and self._value.endswith("}") and not self._string
 
     @property
     def seen(self) -> bool:
