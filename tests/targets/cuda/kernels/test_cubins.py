@@ -45,9 +45,9 @@ def linear(m: int, n: int, k: int) -> tuple[str, dict[str, Any], tuple[Strided, 
     return "aten.linear.default", values, (bf16("out", 1, m, n),), "decode"
 
 
-def joined(n: int, k: int, **parts: Any) -> tuple[str, dict[str, Any], tuple[Strided, ...], str]:
-    values = {"input": bf16("x", 1, 1, k), "weight": bf16("w", n, k), "bias": None, **ABSENT, "eps": 1e-5, **parts}
-    return LINEAR, values, (bf16("out", 1, 1, n // 2 if "gate" in parts else n),), "decode"
+def joined(n: int, k: int, m: int = 1, **parts: Any) -> tuple[str, dict[str, Any], tuple[Strided, ...], str]:
+    values = {"input": bf16("x", 1, m, k), "weight": bf16("w", n, k), "bias": None, **ABSENT, "eps": 1e-5, **parts}
+    return LINEAR, values, (bf16("out", 1, m, n // 2 if "gate" in parts else n),), "decode"
 
 
 def attend_joined(rows: int, norm: Strided | None) -> tuple[str, dict[str, Any], Any, str]:
@@ -111,7 +111,11 @@ CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemm.KERNEL, linear(8, 512, 1024)),
     (gemm.KERNEL, linear(200, 512, 1024)),
     (gemm.KERNEL, linear(9, 33, 65)),
+    (gemm.KERNEL, joined(1024, 512, 8, gate="silu")),
+    (gemm.KERNEL, joined(1024, 512, 200, gate="gelu_tanh", residual=bf16("r", 1, 200, 512))),
     (gemm_persistent.KERNEL, linear(2048, 4096, 512)),
+    (gemm_persistent.KERNEL, joined(8192, 512, 2048, gate="silu")),
+    (gemm_persistent.KERNEL, joined(4096, 512, 2048, residual=bf16("r", 1, 2048, 4096))),
     (attention.KERNEL, attend("decode", 4, 4, 16)),
     (attention.KERNEL, attend("decode", 4, 4, 64, sinks=bf16("s", 32), window=100, sink_tokens=4)),
     (attention.KERNEL, attend_joined(1, bf16("g", 128))),
