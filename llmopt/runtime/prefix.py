@@ -227,9 +227,14 @@ class PrefixCache:
             return
         if chain.snapshot is not None:
             self._unregister(chain.snapshot)
+        held = self.allocator.held(seq_id)
         while chain.nodes and (chain.nodes[-1].owner == seq_id or chain.nodes[-1].tokens < self.granule):
             node = chain.nodes.pop()
-            if node.owner == seq_id or (node.users == 1 and not node.snapshots and node.parent is not None):
+            start = len(chain.nodes) * self.granule
+            # Its own last block goes on in a longer chunk: two nodes of one block would count it twice.
+            own = any(held[g.name][start // g.block_size] == b[0] for g, b in zip(self.paged, node.blocks))
+            idle = node.users == 1 and not node.snapshots
+            if node.parent is not None and (node.owner == seq_id or own or idle):
                 self._remove(node)
             self.tree.unpin(node)
         self._grow(seq_id, chain, tokens, None)
@@ -251,6 +256,8 @@ class PrefixCache:
                     self._drop(self.idle_snapshots()[0])
                 elif (node := self.tree.oldest()) is not None:
                     self._remove(node)
+                else:
+                    return
 
     def clear(self) -> None:
         """Give up everything no running sequence uses."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -16,17 +16,13 @@ from llmopt.runtime.clock import Clock
 from llmopt.runtime.decoding import Decoding, Drawn
 from llmopt.runtime.fairness import WaitingQueue
 from llmopt.runtime.options import SchedulerOptions
-from llmopt.runtime.placement import bring_closer
 from llmopt.runtime.plan import Plan, Stats, StepRows
-from llmopt.runtime.prefix import Match, PrefixCache
-from llmopt.runtime.protocol import Admission, DecodeRows, ExecutorLimits, IntArray, SeqStep, StateOp, StepBatch
+from llmopt.runtime.protocol import Admission, DecodeRows, ExecutorLimits, IntArray, SeqStep, StepBatch
+from llmopt.runtime.residence import Residence
 from llmopt.runtime.sequence import Sequence
-from llmopt.runtime.state import StateAllocator
-from llmopt.runtime.swap import SwapSpace
 
 SCORED_CHUNK = 64
 """Prompt rows of a step whose logits are all wanted: 32 MiB of them at a vocabulary of 128k."""
-NONE = np.zeros(0, np.int64)
 
 
 class Scheduler:
@@ -48,9 +44,8 @@ class Scheduler:
     ) -> None:
         self.limits, self.clock = limits, clock
         self.options = options or SchedulerOptions()
-        self.allocator = StateAllocator(plan, limits.blocks)
-        self.cache = PrefixCache(plan, self.allocator, enabled=self.options.prefix_cache)
-        self.swap = SwapSpace(self.options.swap, plan.groups)
+        self.states = Residence(plan, limits, self.options)
+        self.allocator, self.cache, self.swap = self.states.allocator, self.states.cache, self.states.swap
         self.queue = WaitingQueue(self.options.queue, clock)
         self.step_tokens = min(limits.max_tokens_per_step, self.options.step_tokens or limits.max_tokens_per_step)
         self.max_chunk = min((c for g in plan.groups if (c := g.max_chunk()) is not None), default=None)
@@ -64,7 +59,6 @@ class Scheduler:
         self._priorities: Counter[int] = Counter()
         self._deadlines: list[tuple[float, int]] = []
         self._releases: list[int] = []
-        self._ops: list[StateOp] = []
         self._stuck = (-1, -1)
         self._orders = 0
 
@@ -90,9 +84,7 @@ class Scheduler:
             self._stop(sequence)
             return
         self.queue.remove(sequence)
-        if sequence.swapped:
-            self._ops += [StateOp("swap_drop", g.name, NONE, NONE, key=seq_id) for g in self.allocator.groups]
-            self.swap.free(sequence.swapped)
+        self.states.drop(sequence)
 
     def expired(self) -> list[int]:
         """Sequences whose deadline has passed."""
@@ -104,7 +96,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a sequence waits or runs, or the executor must still hear of something."""
-        return bool(self.sequences or self._releases or self._ops)
+        return bool(self.sequences or self._releases or self.states.ops)
 
     def stats(self) -> Stats:
         """What there is to know for metrics, at this moment."""
@@ -114,6 +106,8 @@ class Scheduler:
         fullest = max(used, key=lambda name: used[name] / pools[name].total, default=None)
         return replace(
             self._counted,
+            prompt_tokens=self.states.prompt_tokens,
+            cached_tokens=self.states.cached_tokens,
             running=len(self.running),
             waiting=len(self.queue),
             kv_blocks=0 if fullest is None else pools[fullest].total,
@@ -145,10 +139,10 @@ class Scheduler:
             tuple(step.rows),
             admit=tuple(step.admit),
             release=tuple(self._releases),
-            ops=tuple(self._ops),
+            ops=tuple(self.states.ops),
             decode=decode,
         )
-        self._releases, self._ops = [], []
+        self._releases, self.states.ops = [], []
         if not (batch.rows or batch.decode or batch.release or batch.ops):
             return None
         return Plan(batch, *self._drawn(step, places))
@@ -217,13 +211,17 @@ class Scheduler:
         # A step releases after its rows: a sequence preempted for this one can come back with the next at the earliest.
         if sequence is None or sequence.seq_id in self._releases:
             return False
-        if not (self._swap_in(sequence) if sequence.swapped else self._start(sequence)):
+        first = not sequence.rope_len
+        if not self.states.bring_in(sequence, self.running):
             if sequence.awaits is not None:
                 self.queue.park(sequence)
                 return True
             self._stuck = self._changes()
             return False
         self.queue.remove(sequence)
+        if first:  # who is preempted does not pay twice
+            served = (sequence.known - sequence.computed) * self.options.queue.prompt_weight
+            self.queue.shares.charge(sequence.tenant, served)
         self.running[sequence.seq_id] = self.prefilling[sequence.seq_id] = sequence
         self._priorities[sequence.priority] += 1
         output = np.array(sequence.output, np.int64)
@@ -235,65 +233,6 @@ class Scheduler:
         """As long as this stays the same, what could not be admitted still cannot."""
         return self.queue.changes, self.allocator.releases
 
-    def _leaves_room(self) -> bool:
-        """Whether every running sequence could still get a block: else one of them would soon be preempted."""
-        cached, count = self.cache.cached(), len(self.running)
-        return all(self.allocator.pools[g.name].free + cached[g.name] >= count for g in self.cache.paged)
-
-    def _start(self, sequence: Sequence) -> bool:
-        """Blocks for all known tokens of a sequence, those of a cached prefix filled; False when too few are free,
-        or when it is better to wait for a prefix that is being computed."""
-        tokens = sequence.tokens(0, sequence.known)
-        base = Match(self._salt(sequence))
-        match = base if sequence.scored else self.cache.match(base.salt, tokens)
-        if match.pending is not None:
-            sequence.awaits = match.pending
-            return False
-        # What a match keeps from being freed may be just what is missing.
-        for chosen in (match, base) if match.tokens else (base,):
-            self.cache.claim(sequence.seq_id, chosen)
-            if self.allocator.extend(sequence.seq_id, sequence.known) and self._leaves_room():
-                break
-            self.cache.abandon(sequence.seq_id, chosen)
-        else:
-            return False
-        self._place(sequence.seq_id)
-        self._ops += self.cache.enter(sequence.seq_id, chosen, tokens)
-        if not sequence.rope_len:  # who is preempted does not pay twice
-            served = (sequence.known - chosen.tokens) * self.options.queue.prompt_weight
-            self.queue.shares.charge(sequence.tenant, served)
-        sequence.computed, sequence.rope_len = chosen.tokens, sequence.known
-        self._counted.prompt_tokens += sequence.known
-        self._counted.cached_tokens += chosen.tokens
-        return True
-
-    def _place(self, seq_id: int) -> None:
-        """New blocks near those of the sequences that run, where the executor wants that."""
-        if self.limits.ranged:
-            self._ops += bring_closer(self.cache, seq_id, self.running)
-
-    def _salt(self, sequence: Sequence) -> Hashable:
-        """What equal tokens must have in common for equal states: the caller's salt and the rotary table."""
-        switch = self.limits.rope_switch
-        return sequence.salt, switch is not None and sequence.known > switch
-
-    def _swap_in(self, sequence: Sequence) -> bool:
-        """Bring a state back from host memory."""
-        seq_id = sequence.seq_id
-        base = Match(self._salt(sequence))
-        self.cache.claim(seq_id, base)
-        if not (self.allocator.extend(seq_id, sequence.known) and self._leaves_room()):
-            self.cache.abandon(seq_id, base)
-            return False
-        self._place(seq_id)
-        for name, blocks in self.allocator.table(seq_id, sequence.computed).items():
-            self._ops.append(StateOp("swap_in", name, NONE, blocks, key=seq_id))
-        self.cache.enter(seq_id, base, sequence.tokens(0, sequence.known))
-        self.cache.progress(seq_id, sequence.computed)
-        self.swap.free(sequence.swapped)
-        sequence.swapped = 0
-        return True
-
     # --- going out ---------------------------------------------------------------------------------------------
 
     def _make_way(self) -> bool:
@@ -301,7 +240,9 @@ class Scheduler:
         while (best := self.queue.best_priority()) is not None and best < max(self._priorities, default=best):
             head = self.queue.first()
             assert head is not None
-            if head.seq_id in self._releases or self._fits(head):
+            if head.seq_id in self._releases or (
+                len(self.running) < self.limits.max_sequences and self.states.fits(head, self.running)
+            ):
                 break
             victim = self._victim()
             if self.queue.urgency(victim, self.clock()) <= head.priority:
@@ -310,15 +251,6 @@ class Scheduler:
                 return False
             self._preempt(victim)
         return True
-
-    def _fits(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence could start now."""
-        cached, count = self.cache.cached(), len(self.running)
-        return count < self.limits.max_sequences and all(
-            self.allocator.pools[g.name].free + cached[g.name]
-            >= g.blocks_for(sequence.known) + (count if g.kind == "paged" else 0)
-            for g in self.allocator.groups
-        )
 
     def _reserve(self) -> bool:
         """Blocks for the next row of every decoding sequence; False: the step in flight must be collected first.
@@ -348,8 +280,9 @@ class Scheduler:
     def _start_over(self, sequence: Sequence) -> None:
         """Compute a sequence again, with the rotary table its length now asks for."""
         self.decoding.leave(sequence)
-        self._let_go(sequence)
-        if self._start(sequence):
+        self.states.let_go(sequence)
+        others = self.running.keys() - {sequence.seq_id}
+        if self.states.bring_in(sequence, others):
             self.prefilling[sequence.seq_id] = sequence
         else:
             self._wait_again(sequence)
@@ -367,15 +300,9 @@ class Scheduler:
         """Take a running sequence's blocks; all its tokens are known."""
         if self.prefilling.pop(sequence.seq_id, None) is None:
             self.decoding.leave(sequence)
-        if self.swap.pays(sequence.computed):
-            sequence.swapped = self.swap.size(sequence.computed)
-            self.swap.hold(sequence.swapped)
-            for name, blocks in self.allocator.table(sequence.seq_id, sequence.computed).items():
-                self._ops.append(StateOp("swap_out", name, blocks, NONE, key=sequence.seq_id))
-            self._counted.swaps += 1
-        else:
-            self._counted.recomputes += 1
-        self._let_go(sequence)
+        self.states.move_out(sequence)
+        self._counted.swaps += bool(sequence.swapped)
+        self._counted.recomputes += not sequence.swapped
         self._wait_again(sequence)
 
     def _wait_again(self, sequence: Sequence) -> None:
@@ -389,14 +316,8 @@ class Scheduler:
         """A running sequence has ended."""
         if self.prefilling.pop(sequence.seq_id, None) is None:
             self.decoding.leave(sequence)
-        self._let_go(sequence)
+        self.states.let_go(sequence)
         self._leave_running(sequence)
-
-    def _let_go(self, sequence: Sequence) -> None:
-        """Give up a sequence's blocks; the cache keeps what it can of them."""
-        states = min(sequence.computed, sequence.known)
-        self.cache.leave(sequence.seq_id, sequence.tokens(0, states), exact=states == sequence.computed)
-        self.allocator.release(sequence.seq_id)
 
     def _leave_running(self, sequence: Sequence) -> None:
         del self.running[sequence.seq_id]

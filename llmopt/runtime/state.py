@@ -105,14 +105,19 @@ class StateAllocator:
         """Another block as the first one of a sequence in a group; the references are the caller's to exchange."""
         self._tables[name][self._places[seq_id], 0] = block
 
-    def extend(self, seq_id: int, tokens: int) -> bool:
-        """Give a sequence blocks for its first ``tokens`` tokens; False, and nothing taken, when too few are free."""
+    def missing(self, seq_id: int, tokens: int) -> dict[str, int]:
+        """Blocks by group that a sequence lacks for its first ``tokens`` tokens."""
         known = self._places.get(seq_id)
         missing = {}
         for group in self.groups:
             held = 0 if known is None else int(self._counts[group.name][known])
             if (count := group.blocks_for(tokens) - held) > 0:
                 missing[group.name] = count
+        return missing
+
+    def extend(self, seq_id: int, tokens: int) -> bool:
+        """Give a sequence blocks for its first ``tokens`` tokens; False, and nothing taken, when too few are free."""
+        missing = self.missing(seq_id, tokens)
         if self._short(missing):
             if self.reclaim is not None:
                 self.reclaim(missing)

@@ -40,7 +40,7 @@ def greedy(count, **more):
 
 def drain(core, results, finished, check=lambda core: None):
     """Step to the end, or fail; tokens by request go to ``results``, ends to ``finished``."""
-    for _ in range(10_000):
+    for _ in range(2_000):
         if not core.has_work:
             return
         step(core, results, finished)
@@ -69,6 +69,8 @@ def assert_sound(core):
         if group in cache.paged:
             at = cache.paged.index(group)
             holders += [b for node in nodes_of(cache) for b in node.blocks[at]]
+            cached = [b for node in nodes_of(cache) for b in node.blocks[at]]
+            assert len(set(cached)) == len(cached), "two nodes hold a block"
             idle = [b for node in nodes_of(cache) if not node.users for b in node.blocks[at]]
             assert cache.tree.idle[at] == len(idle), i
         else:

@@ -12,7 +12,7 @@ from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.prefix import Match, PrefixCache
 from llmopt.runtime.state import StateAllocator
 from tests.runtime.fake import FakeExecutor, oracle, plan_of
-from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy, make
+from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy, make, step
 
 PROMPT = list(range(1, 31))
 
@@ -168,6 +168,20 @@ def test_the_cache_never_keeps_a_request_waiting():
     core = make(plan, [8])
     prompt = [5] * 30
     assert answers(core, [prompt], 2) == answers(core, [prompt], 2) == [oracle(prompt, 2, plan, VOCAB)]
+    assert_clean(core)
+
+
+def test_the_block_of_a_shared_last_chunk_is_counted_once():
+    """Two equal prompts that end within a block: the first to end leaves a longer chunk in the same block."""
+    plan = plan_of("paged")
+    core = make(plan, [24])
+    first, second = core.add([1] * 6, greedy(2)), core.add([1] * 6, greedy(20))
+    results, finished = {}, {}
+    while first not in finished:
+        step(core, results, finished)
+        assert_sound(core)
+    drain(core, results, finished, assert_sound)
+    assert results[second][:2] == results[first]
     assert_clean(core)
 
 
