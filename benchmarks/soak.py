@@ -143,6 +143,11 @@ def drift(values: list[int]) -> float:
     return float(np.median(kept[-quarter:]) / np.median(kept[:quarter]) - 1)
 
 
+def course(values: list[int], points: int = 12) -> list[int]:
+    """Medians of equal parts of a run, in MB: whether memory climbs or has made one step."""
+    return [round(float(np.median(part)) / 1e6) for part in np.array_split(values, min(points, len(values)))]
+
+
 def judge(
     outcomes: list[Outcome], seen: Seen, held: dict[str, float], health_ms: float = 50.0
 ) -> tuple[dict[str, Any], list[str]]:
@@ -165,6 +170,7 @@ def judge(
         "timer_late_ms_p99": round(lag, 1),
         "memory_growth": {name: round(g, 4) for name, g in growth.items()},
         "memory_mb": {name: round(seen.memory[-1][i] / 1e6) for i, name in enumerate(("api", "engine"))},
+        "memory_course_mb": {name: course([m[i] for m in seen.memory]) for i, name in enumerate(("api", "engine"))},
         "held": held,
     }
     return figures, problems
