@@ -15,6 +15,8 @@ from llmopt.runtime.session import load_tokenizer
 from llmopt.runtime.swap import SwapOptions
 from llmopt.target import LoadOptions
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ["fp32-reference", "fp32-cpu"]
 SEQUENCES = 40
 STEMS = ["It was the best of times, it was the worst of times, it was the age of ", "Call me Ishmael. Some years ago",

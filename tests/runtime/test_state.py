@@ -85,7 +85,7 @@ class Allocation(RuleBasedStateMachine):
 
 
 TestAllocation = Allocation.TestCase
-TestAllocation.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestAllocation.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
 def test_a_failed_extension_takes_nothing():
