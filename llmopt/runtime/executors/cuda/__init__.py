@@ -67,6 +67,7 @@ def load(artifact: Artifact, options: LoadOptions) -> CudaExecutor:
     stages.end("memory")
     try:
         executor = CudaExecutor(program, plan, backend, options.max_sequences, context)
+        # On an H200, 16 GB and nine graphs: 1.5 s together; 1.7 s one after the other (graphs 0.29, weights 1.41).
         with ThreadPoolExecutor(1, initializer=lambda: call("cuCtxSetCurrent", device.context)) as background:
             copy = background.submit(
                 load_weights, program, artifact.weight_store(), where.weights, backend.weights, device.context,
