@@ -71,11 +71,11 @@ def walk_groups(
     A consumer rewrites a group before it takes the next one: later activations come from what was put in.
     """
     spool = spool_of(pass_, module, function, calibration, repr(pass_))
-    walk = Walk(module, function, calibration, spool)
     groups = by_input(sites)
+    walk = Walk(module, function, calibration, spool, len(groups), pass_.name)
     for index, group in enumerate(groups):
         layer = layer_name(module, group[0].weights[0])
-        walk.advance(group[0].node, f"{pass_.name} {index + 1}/{len(groups)}")
+        walk.advance(group[0].node)
         yield Group(index, group, walk, layer)
 
 

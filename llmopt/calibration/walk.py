@@ -26,9 +26,19 @@ class Walk:
     stops before it cost nothing.
     """
 
-    def __init__(self, module: Module, function: fx.GraphModule, calibration: Calibration, spool: Spool) -> None:
+    def __init__(
+        self,
+        module: Module,
+        function: fx.GraphModule,
+        calibration: Calibration,
+        spool: Spool,
+        stops: int = 1,
+        what: str = "calibration",
+    ) -> None:
+        """``stops`` there will be, and ``what`` they are for, on the progress bar."""
         self.module, self.graph, self.spool = module, function.graph, spool
         self.windows, self.progress = calibration.windows, calibration.progress
+        self.stops, self.what = stops, what
         found = sorted(spool.folder.glob("boundary-[0-9]*"), key=number)
         self.boundary = number(found[-1]) if found else -1
         """Index of the stop whose activations are on disk (-1: none, the windows themselves are all there is)."""
@@ -36,11 +46,11 @@ class Walk:
         self.last: fx.Node | None = None
         self.factors: dict[fx.Node, Tensor] = {}
 
-    def advance(self, stop: fx.Node, what: str) -> None:
-        """Run everything before ``stop``; ``what`` names the work on the progress bar. Stops come in program order."""
+    def advance(self, stop: fx.Node) -> None:
+        """Run everything before ``stop``. Stops come in program order."""
         self.visited += 1
         if self.visited > self.boundary:
-            self._run(stop, what)
+            self._run(stop)
             self.boundary = self.visited
         self.last = stop.prev
 
@@ -61,7 +71,7 @@ class Walk:
         if self.current:
             self.factors[node] = factor
 
-    def _run(self, stop: fx.Node, what: str) -> None:
+    def _run(self, stop: fx.Node) -> None:
         piece = self._piece(stop)
         kept = self._needed(stop)
         weights = {
@@ -78,7 +88,8 @@ class Walk:
             for node in kept:
                 tensors |= flatten(node.name, values[node])
             save_atomically(aside / f"{index:05d}.safetensors", tensors)
-            self.progress(what, index + 1, len(self.windows))
+            count = len(self.windows)
+            self.progress(self.what, self.visited * count + index + 1, self.stops * count)
         aside.rename(folder)
         shutil.rmtree(self._folder(self.boundary), ignore_errors=True)
         self.factors.clear()

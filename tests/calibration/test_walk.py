@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,27 @@ from llmopt.ir.feed import run_sequence
 from llmopt.ir.module import Module
 from llmopt.ir.samples import Calibration
 from llmopt.ir.sites import Choice, Site, by_input
-from llmopt.ir.weights import Constant
+from llmopt.ir.weights import Constant, Weight
 from tests.calibration.running import calibrated, mlp, windows
 from tests.ir.handmade import llama
 from tests.passes.running import build, run
+
+
+@dataclass(frozen=True)
+class Counted(Weight):
+    """A weight that counts how often it is read."""
+
+    value: Weight
+    name: str
+    reads: Counter[str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.value.shape)
+        object.__setattr__(self, "dtype", self.value.dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        self.reads[self.name] += 1
+        return self.value.read(start, stop)
 
 
 def groups_of(module: Module) -> list[list[Site]]:
@@ -46,10 +65,20 @@ def test_every_input_equals_that_of_one_run(make: Any, tmp_path: Path) -> None:
     wanted = expected(module, [g[0].input for g in groups], tokens)
     walk = Walk(module, function, Calibration(tokens, tmp_path), Spool(tmp_path, "k"))
     for group in groups:
-        walk.advance(group[0].node, "test")
+        walk.advance(group[0].node)
         for found, exact in zip(walk.values(group[0].input), wanted[group[0].input.name], strict=True):
             torch.testing.assert_close(found, exact)  # views come back contiguous
     assert len(list(tmp_path.glob("boundary-*"))) == 1
+
+
+def test_a_weight_is_read_once_however_many_windows(tmp_path: Path) -> None:
+    module, reads = mlp(), Counter[str]()
+    module.weights |= {name: Counted(weight, name, reads) for name, weight in module.weights.items()}
+    walk = Walk(module, module.functions["step"], Calibration(windows(5), tmp_path), Spool(tmp_path, "k"))
+    for group in groups_of(module):
+        walk.advance(group[0].node)
+    assert set(reads.values()) == {1}
+    assert len(reads) == 8  # all but the last linear, the last norm and the head
 
 
 def test_a_weight_changed_on_the_way_is_seen(tmp_path: Path) -> None:
@@ -57,11 +86,11 @@ def test_a_weight_changed_on_the_way_is_seen(tmp_path: Path) -> None:
     function, groups = module.functions["step"], groups_of(module)
     walk = Walk(module, function, Calibration(tokens, tmp_path), Spool(tmp_path, "k"))
     before = expected(module, [groups[1][0].input], tokens)
-    walk.advance(groups[0][0].node, "test")
+    walk.advance(groups[0][0].node)
     name = groups[0][0].weights[0]
     module.weights[name] = Constant(module.weights[name].tensor() * 2)
     after = expected(module, [groups[1][0].input], tokens)
-    walk.advance(groups[1][0].node, "test")
+    walk.advance(groups[1][0].node)
     node = groups[1][0].input
     for found, new, old in zip(walk.values(node), after[node.name], before[node.name], strict=True):
         assert torch.equal(found, new)
@@ -69,25 +98,25 @@ def test_a_weight_changed_on_the_way_is_seen(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_walk_is_taken_up_where_it_stood(tmp_path: Path) -> None:
-    def walk_until(stop: int) -> tuple[list[str], list[Tensor]]:
-        module, ran = mlp(), []
+    def walk_until(stop: int) -> tuple[list[int], list[Tensor]]:
+        module, ran = mlp(), list[int]()
         groups = groups_of(module)
-        calibration = Calibration(windows(2), tmp_path, progress=lambda what, done, total: ran.append(what))
+        calibration = Calibration(windows(2), tmp_path, progress=lambda what, done, total: ran.append(done))
         walk = Walk(module, module.functions["step"], calibration, Spool(tmp_path, "k"))
-        for index, group in enumerate(groups[:stop]):
-            walk.advance(group[0].node, str(index))
+        for group in groups[:stop]:
+            walk.advance(group[0].node)
         return ran, list(walk.values(groups[stop - 1][0].input))
 
-    assert set(walk_until(2)[0]) == {"0", "1"}
+    assert walk_until(2)[0] == [1, 2, 3, 4]
     ran, resumed = walk_until(4)
-    assert set(ran) == {"2", "3"}
+    assert ran == [5, 6, 7, 8]
     for other in tmp_path.glob("*"):
         assert "partial" not in other.name
     fresh = tmp_path / "fresh"
     module = mlp()
     walk = Walk(module, module.functions["step"], Calibration(windows(2), fresh), Spool(fresh, "k"))
     for group in groups_of(module):
-        walk.advance(group[0].node, "")
+        walk.advance(group[0].node)
     assert all(torch.equal(a, b) for a, b in zip(resumed, walk.values(groups_of(module)[3][0].input), strict=True))
 
 
