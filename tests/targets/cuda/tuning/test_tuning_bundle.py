@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from llmopt.errors import ArtifactError, ExecutorError, ResourceError
-from targets.cuda.kernel import Kernel
+from targets.cuda.kernel import Kernel, Strided
 from targets.cuda.kernels import gemm, gemm_persistent, gemv, moe
+from targets.cuda.options import CudaOptions
 from targets.cuda.tuning.build import entry as describe
-from targets.cuda.tuning.build import site_cases
+from targets.cuda.tuning.build import program_cases, site_cases
 from targets.cuda.tuning.bundle import FILE, open_bundle
 from targets.cuda.tuning.candidates import candidates
 from targets.cuda.tuning.timing import measure, winners
+from tests.targets.cuda.models import model
 from tests.targets.cuda.tuning.cases import FakeTimer, bundle, entry, experts_site, linear_site
 
 
@@ -116,3 +118,24 @@ def test_a_lost_gpu_ends_the_timing(tmp_path: Path, what: str, kind: type[Except
     made = bundle(tmp_path, entry("a", {"time": 5}), entry("a", {"fail": what}))
     with pytest.raises(kind):
         measure(made, FakeTimer(), ignore)
+
+
+def test_a_program_gives_each_shape_once_with_its_integers() -> None:
+    options = CudaOptions(decode_buckets=(1, 8), extend_buckets=(16,), extend_sequences=(1,))
+    cases = program_cases(model("llama-tied").program, options, 90, "llama")
+    kinds = {case.kernel for case in cases}
+    assert {"gemv", "attention"} <= kinds
+    tried = [(case.kernel, case.key, str(case.config)) for case in cases]
+    assert len(set(tried)) == len(tried)
+    assert {case.site.call.op for case in cases if case.kernel == "attention"} == {
+        "cuda.attention", "llmopt.cached_attention",
+    }  # fmt: skip
+    for case in cases:
+        made = describe(case, ())
+        known = {arg.buffer for launch in case.selection.launches for arg in launch.args if isinstance(arg, Strided)}
+        assert known <= set(made.buffers)
+        for name, buffer in made.buffers.items():
+            held = len(buffer.data) * {"int32": 4, "int64": 8}.get(buffer.dtype, 0)
+            assert held <= buffer.bytes, name
+    only = program_cases(model("llama-tied").program, options, 90, "llama", "^gemv bfloat16 1x")
+    assert {case.kernel for case in only} == {"gemv"}
