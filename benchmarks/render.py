@@ -11,6 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import waterfall  # noqa: E402
 from benchmarks.serve_rows import serving_section  # noqa: E402
 
 ROWS, INTRO = ROOT / "benchmarks" / "rows", ROOT / "benchmarks" / "intro.md"
@@ -102,8 +103,14 @@ def main(arguments: list[str]) -> int:
     """Write both pages, or with ``--check`` compare them; 1 when one differs."""
     rows = latest(read_rows(ROWS))
     readme = README.read_text("utf-8")
-    page = "\n".join(filter(None, (render(rows, INTRO.read_text("utf-8")), serving_section(ROWS / "serve"))))
-    pages = {PAGE: page, README: fill(readme, rows)}
+    falls = waterfall.read(ROWS / "waterfall")
+    sections = (
+        render(rows, INTRO.read_text("utf-8")),
+        waterfall.waterfall_section(falls),
+        serving_section(ROWS / "serve"),
+    )
+    pages = {PAGE: "\n".join(filter(None, sections)), README: fill(readme, rows)}
+    pages |= {PAGE.parent / waterfall.name_of(row): waterfall.plot(row) for row in falls}
     if arguments != ["--check"]:
         for path, text in pages.items():
             path.write_text(text, encoding="utf-8")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import render
+from benchmarks import render, waterfall
 
 ROW = dict.fromkeys([*render.COLUMNS, "machine", "cores", "model"], 1) | {"recipe": "float32", "floor_percent": None}
 
@@ -50,3 +51,27 @@ def test_a_stale_page_fails_the_check(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(render, "PAGE", stale)
     assert render.main(["--check"]) == 1
     assert "benchmarks.md" in capsys.readouterr().err
+
+
+FALL = {
+    "model": "m", "batch": 2, "prompt_len": 3, "step_us": 100.0, "gb_s": 1000.0, "tflops": 1.0, "machine": "M", "how": "h",
+    "commit": "c", "date": "d",
+    "parts": [
+        {"part": "reads", "launches": 2, "us": 20.0, "bytes": 10_000_000, "flops": 1_000_000},
+        {"part": "adds", "launches": 1, "us": 40.0, "bytes": 1_000_000, "flops": 30_000_000},
+    ],
+}  # fmt: skip
+
+
+def test_a_waterfall_adds_up_to_the_step():
+    parts = waterfall.parts_of(FALL)
+    assert parts == [("reads", 40.0, 20.0), ("adds", 40.0, 30.0), (waterfall.REST, 20.0, 0.0)]
+    assert sum(us for _, us, _ in parts) == FALL["step_us"]
+    assert "floor 0.05 of 0.10 ms" in waterfall.waterfall_section([FALL])
+    assert waterfall.waterfall_section([]) == ""
+    ElementTree.fromstring(waterfall.plot(FALL))
+
+
+def test_the_last_waterfall_of_a_model_and_batch_is_drawn(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({**FALL, "step_us": us}) + "\n" for us in (100.0, 90.0)))
+    assert [row["step_us"] for row in waterfall.read(tmp_path)] == [90.0]
