@@ -54,8 +54,8 @@ def test_a_stale_page_fails_the_check(tmp_path, monkeypatch, capsys):
 
 
 FALL = {
-    "model": "m", "batch": 2, "prompt_len": 3, "step_us": 100.0, "gb_s": 1000.0, "tflops": 1.0, "machine": "M", "how": "h",
-    "commit": "c", "date": "d",
+    "model": "m", "batch": 2, "prompt_len": 3, "step_us": 100.0, "gb_s": 1000.0, "tflops": 1.0, "machine": "M",
+    "how": "h", "commit": "c", "date": "d",
     "parts": [
         {"part": "reads", "launches": 2, "us": 20.0, "bytes": 10_000_000, "flops": 1_000_000},
         {"part": "adds", "launches": 1, "us": 40.0, "bytes": 1_000_000, "flops": 30_000_000},
