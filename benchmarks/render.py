@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import waterfall  # noqa: E402
+from benchmarks import peers, waterfall  # noqa: E402
 from benchmarks.serve_rows import serving_section  # noqa: E402
 
 ROWS, INTRO = ROOT / "benchmarks" / "rows", ROOT / "benchmarks" / "intro.md"
@@ -32,6 +32,7 @@ COLUMNS = {
     "gb_s": "GB/s",
     "floor_percent": "% of floor",
     "peak_mb": "peak MB",
+    **peers.COLUMNS,
     "commit": "commit",
     "date": "date",
 }
@@ -42,10 +43,12 @@ SHORT = {
     "target": "target",
     "machine": "machine",
     "cores": "cores",
+    "prompt_len": "prompt",
     "batch": "batch",
     "ttft_ms": "TTFT ms",
     "ms": "ms/step",
     "tok_s": "tok/s",
+    **peers.COLUMNS,
 }
 
 
@@ -56,9 +59,10 @@ def read_rows(folder: Path) -> list[Row]:
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             row = json.loads(line)
             row["peak_mb"] = round(row.get("peak_bytes", 0) / 1e6)
-            if missing := {*COLUMNS, "machine", "cores", "model"} - set(row):
+            if missing := {*COLUMNS.keys() - peers.COLUMNS.keys(), "machine", "cores", "model"} - set(row):
                 raise ValueError(f"{path.name}:{number} lacks {', '.join(sorted(missing))}")
             rows.append(row)
+    peers.add_peers(rows)
     return rows
 
 
@@ -83,7 +87,8 @@ def render(rows: list[Row], intro: str) -> str:
 
 
 def table(rows: list[Row], columns: dict[str, str] = COLUMNS) -> str:
-    """A Markdown table of some columns."""
+    """A Markdown table of some columns; peers' only where a row has them."""
+    columns = {k: name for k, name in columns.items() if k not in peers.COLUMNS or any(row[k] for row in rows)}
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join("–" if row[k] is None else str(row[k]) for k in columns) + " |" for row in rows]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import render, waterfall
+from benchmarks import peers, render, waterfall
 
 ROW = dict.fromkeys([*render.COLUMNS, "machine", "cores", "model"], 1) | {"recipe": "float32", "floor_percent": None}
 
@@ -75,3 +75,14 @@ def test_a_waterfall_adds_up_to_the_step():
 def test_the_last_waterfall_of_a_model_and_batch_is_drawn(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({**FALL, "step_us": us}) + "\n" for us in (100.0, 90.0)))
     assert [row["step_us"] for row in waterfall.read(tmp_path)] == [90.0]
+
+
+def test_peers_stand_beside_rows_of_the_same_machine_and_shape(tmp_path):
+    known = {"name": "P", "model": "m", "recipe": "r", "ms": {"1x5": 2.0}, "ttft_ms": {"5": 9.0}}
+    path = tmp_path / "peers.json"
+    path.write_text(json.dumps({"machine": "M", "peers": [known, {**known, "name": "Q", "ttft_ms": {}}]}))
+    row = {"machine": "M", "model": "m", "recipe": "r", "batch": 1, "prompt_len": 5}
+    others = [{**row, key: "other"} for key in ("machine", "model", "recipe")] + [{**row, "batch": 2}]
+    peers.add_peers(rows := [row, *others], path)
+    assert (row["peer_ms"], row["peer_ttft_ms"]) == ("P 2.0, Q 2.0", "P 9.0")
+    assert [r["peer_ms"] for r in rows[1:]] == [None] * 4
