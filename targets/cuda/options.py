@@ -19,8 +19,9 @@ class CudaOptions:
     """What a recipe's ``target_options`` may say.
 
     ``archs``: compute capabilities to build for, 90 is sm_90. ``decode_buckets``: batch sizes with a CUDA graph
-    each. ``extend_buckets``: rows of a prefill or mixed step. ``extend_sequences``: sequences of one. ``jobs``:
-    compile processes (0: one a core). ``tuning``: a table by ``llmopt tune`` instead of the built-in one.
+    each. ``extend_buckets``: rows of a prefill or mixed step. ``extend_sequences``: sequences of one; where a recipe
+    does not say, those of the default that fit the largest of ``extend_buckets``. ``jobs``: compile processes (0: one
+    a core). ``tuning``: a table by ``llmopt tune`` instead of the built-in one.
     """
 
     archs: tuple[int, ...] = (90,)
@@ -47,7 +48,24 @@ def parse_options(raw: Mapping[str, Any]) -> CudaOptions:
     if unknown := [a for a in values.get("archs", ()) if a not in ARCHS]:
         hint = f"one of {', '.join(map(str, ARCHS))}"
         raise ConfigError(f"arch {unknown[0]} is not supported", where="target_options.archs", hint=hint)
-    return CudaOptions(**values)
+    options = CudaOptions(**values)
+    return fitting(options) if "extend_sequences" not in raw else checked(options)
+
+
+def fitting(options: CudaOptions) -> CudaOptions:
+    """The options without counts of sequences that no extend bucket has a row each for; ConfigError when none is left."""
+    counts = tuple(n for n in options.extend_sequences if n <= options.extend_buckets[-1])
+    return replace(options, extend_sequences=counts) if counts else checked(options)
+
+
+def checked(options: CudaOptions) -> CudaOptions:
+    """The options, unless a count of sequences fits no extend bucket: it would lower how many are served at once."""
+    most, rows = options.extend_sequences[-1], options.extend_buckets[-1]
+    if most > rows:
+        what = f"{most} sequences do not fit a step of {rows} rows, the largest of extend_buckets"
+        hint = f"add an entry of at least {most} to extend_buckets, or lower this one"
+        raise ConfigError(what, where="target_options.extend_sequences", hint=hint)
+    return options
 
 
 def counts(key: str, value: Any) -> tuple[int, ...]:
@@ -72,7 +90,8 @@ def natural(key: str, value: Any, least: int) -> int:
 
 
 def clamp(options: CudaOptions, program: Program) -> CudaOptions:
-    """Buckets the program can fill: no more rows than it allows (the first bucket that covers them is kept)."""
+    """Buckets the program can fill: no more rows than it allows (the first bucket that covers them is kept), and no
+    more sequences than rows."""
     _, rows = program.dims["T"]
     extend = [r for i, r in enumerate(options.extend_buckets) if i == 0 or options.extend_buckets[i - 1] < rows]
-    return replace(options, extend_buckets=tuple(extend))
+    return fitting(replace(options, extend_buckets=tuple(extend)))

@@ -37,6 +37,7 @@ FEED = Specialization(
         ({"decode_buckets": [0]}, "at least 1"),
         ({"decode_buckets": [True]}, "at least 1"),
         ({"jobs": -1}, "at least 0"),
+        ({"extend_buckets": [16], "extend_sequences": [1, 32]}, r"32 sequences do not fit .* 16 rows.*add an entry"),
     ],
 )
 def test_bad_options_are_refused_by_name(raw: dict[str, Any], words: str) -> None:
@@ -46,8 +47,13 @@ def test_bad_options_are_refused_by_name(raw: dict[str, Any], words: str) -> Non
 
 def test_options_are_sorted_sets() -> None:
     assert parse_options({"archs": [90, 80, 90], "extend_buckets": [64, 16]}) == CudaOptions(
-        archs=(80, 90), extend_buckets=(16, 64)
+        archs=(80, 90), extend_buckets=(16, 64), extend_sequences=(1, 16)
     )
+
+
+def test_sequences_that_fit_are_kept() -> None:
+    assert parse_options({"extend_sequences": [64], "extend_buckets": [64]}).extend_sequences == (64,)
+    assert parse_options({}).extend_sequences == CudaOptions.extend_sequences
 
 
 class Picky:
