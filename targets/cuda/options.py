@@ -53,7 +53,7 @@ def parse_options(raw: Mapping[str, Any]) -> CudaOptions:
 
 
 def fitting(options: CudaOptions) -> CudaOptions:
-    """The options without counts of sequences that no extend bucket has a row each for; ConfigError when none is left."""
+    """The options without counts of sequences that no extend bucket has a row each for; refused if none is left."""
     counts = tuple(n for n in options.extend_sequences if n <= options.extend_buckets[-1])
     return replace(options, extend_sequences=counts) if counts else checked(options)
 
