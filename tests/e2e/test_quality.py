@@ -71,3 +71,15 @@ def test_better_than_rounding_to_nearest(quality: Quality, scheme: str) -> None:
 def test_the_comparison_finds_worse_schemes_worse(quality: Quality) -> None:
     difference = block_bootstrap(quality.kl("one scale a channel") - quality.kl("rounded"), mean)
     assert difference.low > 0
+
+
+@pytest.mark.slow
+def test_chosen_precision_beats_the_uniform_scheme_of_its_size(quality: Quality) -> None:
+    uniform = quality.module([("quantize_weights", {"bits": 4, "group_size": 32})])
+    size = sum(w.nbytes / (2 if name.endswith(".codes") else 1) for name, w in uniform.weights.items())
+    options = {"bits": [3, 4, 5, 6], "group_sizes": [32, 128], "windows": 1, "size": f"{size / 1e6:.4f}MB"}
+    chosen = quality.module([("choose_precision", options), ("quantize_weights", {"bits": 8})])
+    assert chosen.notes["choose_precision"]["bytes"] <= size
+    made = [quality.run(module) for module in (chosen, uniform)]
+    kl = [np.stack([kl_divergence(a.numpy(), b.numpy()) for a, b in zip(quality.exact, rows)]) for rows in made]
+    assert block_bootstrap(kl[0] - kl[1], mean).high < 0
