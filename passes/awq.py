@@ -150,8 +150,8 @@ def best_limits(gram: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
     """Limits (N, groups) of |weight| (N, K) that round to the least output error, ``gram`` (K, K) being the inputs'.
 
     Groups are chosen in turn, SWEEPS times, each beside the errors of all others: neighbours that err to opposite
-    sides cancel. Never worse than no limits. On classics-14m it saves 16 to 31% of the error, choosing each group by
-    itself 9 to 19%.
+    sides cancel. Never worse than no limits. On eight linears of classics-14m, with 20 shares, it saves 16 to 31% of
+    the error, choosing each group by itself 10 to 22%.
     """
     size = scheme.block_k
     limits, change = largest(weight, scheme), rounded(weight, scheme) - weight
