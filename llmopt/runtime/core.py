@@ -18,7 +18,7 @@ from llmopt.runtime.late import Bitmask, LateMasks
 from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.params import GenerationParams, check_params, check_prompt, token_budget
 from llmopt.runtime.plan import Plan
-from llmopt.runtime.protocol import Executor, Sampled, StepOutput
+from llmopt.runtime.protocol import NO_TOKEN, Executor, Sampled, StepOutput
 from llmopt.runtime.scheduler import Scheduler
 from llmopt.runtime.scoring import PromptScores
 from llmopt.runtime.sequence import Sequence as Scheduled
@@ -228,6 +228,9 @@ class EngineCore:
                 continue
             request = requests[seq_id]
             token, output = sampled.token, request.output
+            if token == NO_TOKEN:
+                self._fail(seq_id, RequestError("no token is allowed", hint="the grammar or the bias forbids all"))
+                continue
             output.append(token)
             if request.plain and token not in request.stops and len(output) < request.budget:
                 outputs.append(TokenOutput(seq_id, sampled))

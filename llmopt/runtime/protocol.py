@@ -14,6 +14,9 @@ from llmopt.program import StatePlan
 IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
+NO_TOKEN = -2
+"""Drawn where a mask, or a bias of minus infinity, leaves nothing to draw: that request cannot go on, others can."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -141,8 +144,8 @@ class StepBatch:
 
 @dataclass(slots=True)
 class Sampled:
-    """A drawn token; ``top`` lists (token id, logprob) alternatives, best first. Not frozen: that takes three times
-    as long to make, and one is made for every token."""
+    """A drawn token, or NO_TOKEN; ``top`` lists (token id, logprob) alternatives, best first. Not frozen: that takes
+    three times as long to make, and one is made for every token."""
 
     token: int
     logprob: float | None = None
@@ -153,8 +156,8 @@ class Sampled:
 class StepOutput:
     """Results by sequence id. ``logits``: (rows, vocab) float32 for sequences that asked.
 
-    ``tokens``: (n,) int64, drawn by the step's ``decode`` rows in their order; None when ``sampled`` has them all.
-    A row that is also in ``sampled`` counts as that.
+    ``tokens``: (n,) int64 ids or NO_TOKEN, drawn by the step's ``decode`` rows in their order; None when ``sampled``
+    has them all. A row that is also in ``sampled`` counts as that.
     """
 
     sampled: Mapping[int, Sampled]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.errors import ExecutorError, RequestError
+from llmopt.errors import ExecutorError
 from llmopt.runtime.philox import uniforms
-from llmopt.runtime.protocol import Admission, FloatArray, IntArray, Sampled, SamplingParams
+from llmopt.runtime.protocol import NO_TOKEN, Admission, FloatArray, IntArray, Sampled, SamplingParams
 
 Bitmask = npt.NDArray[np.uint32]
 
@@ -75,8 +75,9 @@ class HostSampler:
     ) -> list[Sampled]:
         """Draw one token for each sequence from ``logits`` (n, V) float32, in order.
 
-        ``masks``: grammar bitmask by sequence, (ceil(V/32),) uint32, bit set = allowed. Raises ExecutorError
-        when a row holds NaN or has no finite maximum, RequestError when a mask allows nothing.
+        ``masks``: grammar bitmask by sequence, (ceil(V/32),) uint32, bit set = allowed. A row that may draw nothing
+        gets NO_TOKEN, and its sequence stays as it is. Raises ExecutorError when a row holds NaN or has no finite
+        maximum.
         """
         rows = [self._rows[seq_id] for seq_id in seq_ids]
         best = logits.argmax(axis=1)
@@ -89,7 +90,11 @@ class HostSampler:
             if row.plain and mask is None:
                 result = Sampled(greedy)
             else:
-                token = _draw(_edit(row, logits[i], mask), row.params, draws.get(i, 0.0))
+                edited = _edit(row, logits[i], mask)
+                if edited.max() == -np.inf:
+                    sampled.append(Sampled(NO_TOKEN))
+                    continue
+                token = _draw(edited, row.params, draws.get(i, 0.0))
                 result = report(logits[i], token, row.params.logprobs)
             row.push(result.token)
             sampled.append(result)
@@ -120,8 +125,6 @@ def _edit(row: _Row, logits: FloatArray, mask: Bitmask | None) -> FloatArray:
         x[token] += bias
     if mask is not None:
         x[np.unpackbits(mask.view(np.uint8), count=len(x), bitorder="little") == 0] = -np.inf
-    if x.max() == -np.inf:
-        raise RequestError("no token is allowed", hint="the grammar or the logit bias forbids all of them")
     return x
 
 

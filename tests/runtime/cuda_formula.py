@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.errors import ExecutorError, RequestError
+from llmopt.errors import ExecutorError
 from llmopt.launch import (
     MAX_ALTERNATIVES,
     MAX_BIASES,
@@ -27,6 +27,7 @@ from llmopt.runtime.executors.cuda.drawing import RECORD, has_penalties
 from llmopt.runtime.executors.cuda.executor import CudaExecutor
 from llmopt.runtime.executors.cuda.steps import Arrays
 from llmopt.runtime.protocol import (
+    NO_TOKEN,
     Admission,
     FloatArray,
     IntArray,
@@ -137,8 +138,9 @@ class Formula:
             else:
                 tokens[i], reports[i] = self._draw(place, logits[i], int(inputs["sample_positions"][i]),
                                                    int(inputs["mask_rows"][i]), tail)  # fmt: skip
-            self.kept["last_tokens"][place] = tokens[i]
-            self.kept["history"][place, tokens[i]] += 2
+            if tokens[i] >= 0:
+                self.kept["last_tokens"][place] = tokens[i]
+                self.kept["history"][place, tokens[i]] += 2
         self.tails.append(tail)
         self.results[handle] = Result(tokens, reports if tail.reports else reports[:0], logits[tail.logits])
 
@@ -160,10 +162,9 @@ class Formula:
         if not has_penalties(params):
             row.counts, row.prompt = Counter(), np.zeros(0, np.int64)
         mask = None if mask_row < 0 or self.forgets == "masks" else tail.masks[mask_row]
-        try:
-            edited = sampler_module._edit(row, logits, mask)
-        except RequestError:
-            return -2, 0
+        edited = sampler_module._edit(row, logits, mask)
+        if edited.max() == -np.inf:
+            return NO_TOKEN, 0
         token = sampler_module._draw(edited, params, sampler_module._draws([row]).get(0, 0.0))
         report = np.zeros(REPORT_WORDS, np.int32)
         if fields["logprobs"] >= 0:

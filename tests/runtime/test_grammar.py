@@ -160,6 +160,32 @@ def test_a_token_against_the_grammar_ends_that_request_only(compiler):
     assert good
 
 
+def forbid_everything(constraints, seq_id):
+    """Masks as always, but for one sequence that may draw nothing."""
+    plain = constraints.masks
+
+    def masks(seq_ids):
+        found = dict(plain(seq_ids))
+        return found | {i: np.zeros(constraints.compiler.words, np.uint32) for i in found if i == seq_id}
+
+    constraints.masks = masks
+
+
+@pytest.mark.parametrize(("flight", "executor"), [(1, FakeExecutor), (2, FakeExecutor), (2, Reads)])
+def test_a_request_that_may_draw_nothing_ends_alone(compiler, flight, executor):
+    grammars = [SCHEMA_GRAMMAR, DIGITS, None, SCHEMA_GRAMMAR]
+    requests = [([5 + i, 9], params(g, seed=i)) for i, g in enumerate(grammars)]
+    alone = run(core_of(compiler), requests)
+    core = core_of(compiler, flight=flight, executor=executor)
+    forbid_everything(core.constraints, 2)
+    found, [failure] = run(core, requests), core.failures()
+    assert (failure.request_id, found[1]) == (2, ([], None))
+    assert "no token is allowed" in str(failure.error)
+    assert [found[i] for i in (0, 2, 3)] == [alone[i] for i in (0, 2, 3)]
+    assert not core.executor.known
+    assert core.active == 0
+
+
 def test_masks_are_the_matchers(compiler):
     constraints = Constraints(compiler)
     constraints.add(7, DIGITS)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmopt.errors import ExecutorError, RequestError
+from llmopt.errors import ExecutorError
 from llmopt.runtime.philox import uniforms
-from llmopt.runtime.protocol import Admission, SamplingParams
+from llmopt.runtime.protocol import NO_TOKEN, Admission, SamplingParams
 from llmopt.runtime.sampler import HostSampler, top_ids
 
 VOCAB = 24
@@ -213,8 +213,11 @@ def test_forbidden_tokens_may_be_minus_infinity():
     assert {sampler.sample_rows([1], row)[0].token for _ in range(20)} == {1}
 
 
-def test_a_mask_that_allows_nothing_is_a_request_error():
-    sampler = HostSampler(4)
-    sampler.admit(Admission(1, np.array([0]), SamplingParams(temperature=0)))
-    with pytest.raises(RequestError, match="no token is allowed"):
-        sampler.sample_rows([1], np.zeros((1, 4), np.float32), {1: pack([False] * 4)})
+def test_a_mask_that_allows_nothing_draws_no_token_and_leaves_the_other_rows():
+    sampler, logits = HostSampler(4), np.array([[0, 1, 2, 3], [0, 1, 2, 3]], np.float32)
+    for seq_id in (1, 2):
+        sampler.admit(Admission(seq_id, np.array([0]), SamplingParams(temperature=0, repetition_penalty=9.0)))
+    drawn = sampler.sample_rows([1, 2], logits, {1: pack([False] * 4)})
+    assert [s.token for s in drawn] == [NO_TOKEN, 3]
+    assert (sampler.last(1), sampler.last(2)) == (0, 3)
+    assert sampler.sample_rows([1], logits[:1])[0].token == 3

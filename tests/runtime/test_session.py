@@ -9,7 +9,7 @@ import pytest
 
 from llmopt.errors import ArtifactError, ResourceError, TargetError
 from llmopt.runtime.executors import load_executor
-from llmopt.runtime.params import GenerationParams
+from llmopt.runtime.params import GenerationParams, Grammar
 from llmopt.runtime.protocol import SamplingParams
 from llmopt.runtime.session import open_session
 from llmopt.target import LoadOptions
@@ -55,6 +55,32 @@ def test_preemption_on_a_real_executor(compiled, expected):
         core.scheduler.cache.clear()
         assert pool.free == 5
         pool.give(held)
+
+
+@pytest.mark.parametrize("recipe", ["fp32-reference", "fp32-cpu"])
+def test_a_sequence_that_may_draw_nothing_ends_alone(compiled, expected, recipe):
+    """A mask without a token, of one sequence of four, in its third step."""
+    pytest.importorskip("llguidance")
+    with open_session(compiled(recipe), LoadOptions(max_sequences=4, threads=1)) as session:
+        core, text = session.engine.core, session.tokenizer.encode(PROMPTS[0])
+        masks, reads = core.constraints.masks, []
+
+        def forbid(seq_ids):
+            found = dict(masks(seq_ids))
+            reads.extend(found)
+            return {i: np.zeros_like(mask) if len(reads) == 3 else mask for i, mask in found.items()}
+
+        core.constraints.masks = forbid
+        doomed = core.add(text, dataclasses.replace(GREEDY, grammar=Grammar("regex", "[a-z ]{20,30}")))
+        others = {core.add(session.tokenizer.encode(p), GREEDY): list(e) for p, e in zip(PROMPTS[1:], expected[1:])}
+        tokens = {i: [] for i in (doomed, *others)}
+        while core.has_work:
+            for output in core.step():
+                tokens[output.request_id].append(output.sampled.token)
+        [failure] = core.failures()
+        assert (failure.request_id, len(tokens.pop(doomed))) == (doomed, 2)
+        assert "no token is allowed" in str(failure.error)
+        assert tokens == others
 
 
 def test_the_chat_template_and_the_tokenizer_come_with_the_artifact(compiled):

@@ -71,6 +71,28 @@ def test_a_dead_engine_fails_requests_at_once_and_ends_the_server(start):
     assert server.wait() == (12, "error: the engine process died (signal 9)\n")
 
 
+def test_a_request_that_may_draw_nothing_ends_alone(start):
+    """At once it is refused as a whole; on its way its stream ends with the error; the others go on."""
+    server = start({"sleep": 0.01, "dead_end": [7, 6]})
+    other = Background(server, **LONG, stream=True)
+    asked = {**LONG, "prompt": [7, 8, 9]}
+    whole, stream = Background(server, **asked), Background(server, **asked, stream=True)
+    at_once = Background(server, **{**asked, "prompt": [7] * 6}, stream=True)
+    error = {
+        "message": "no token is allowed (the grammar or the bias forbids all)",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": None,
+    }
+    assert [request.error() for request in (whole, stream, at_once)] == [error] * 3
+    assert [r.response.status_code for r in (whole, stream, at_once)] == [400, 200, 400]
+    assert len(stream.lines) > 1
+    other.join(10)
+    assert other.lines[-1] == "data: [DONE]"
+    until(lambda: health(server).json()["active_requests"] == 0)
+    assert health(server).status_code == 200
+
+
 def test_a_failing_executor_is_reported_with_its_reason(start):
     server = start({"fail_at": 3})
     request = Background(server, **LONG)

@@ -28,7 +28,8 @@ from llmopt.runtime.protocol import (
 PLACES = 2
 """Places a sequence: a step may admit as many sequences as it releases."""
 
-NOT_FINITE, NONE_ALLOWED = -1, -2
+NOT_FINITE = -1
+"""What the device draws from logits that are not finite; from none that are allowed it draws NO_TOKEN."""
 
 
 @dataclass
@@ -56,11 +57,10 @@ class _Run:
 
 @dataclass
 class _Step:
-    """A submitted step; ``output`` once it has been waited for, or the request that cannot go on."""
+    """A submitted step; ``output`` once it has been waited for."""
 
     runs: list[_Run] = field(default_factory=list)
     output: StepOutput | None = None
-    refused: int | None = None
 
 
 class CudaExecutor:
@@ -111,7 +111,7 @@ class CudaExecutor:
 
     def collect(self, ticket: int) -> StepOutput:
         """Wait for a step and the steps before it. Raises ExecutorError when the device failed or the ticket is
-        unknown, RequestError when a mask allows nothing."""
+        unknown."""
         self._alive()
         if ticket not in self.steps:
             raise ExecutorError(f"step {ticket} was never submitted or was already collected")
@@ -122,12 +122,9 @@ class CudaExecutor:
                 except ExecutorError as error:
                     self.dead = error
                     raise
-        step = self.steps.pop(ticket)
-        if step.refused is not None:
-            hint = "the grammar or the logit bias forbids all of them"
-            raise RequestError(f"no token is allowed in sequence {step.refused}", hint=hint)
-        assert step.output is not None
-        return step.output
+        output = self.steps.pop(ticket).output
+        assert output is not None
+        return output
 
     def close(self) -> None:
         """Free the device's memory; idempotent."""
@@ -206,8 +203,6 @@ class CudaExecutor:
             tokens = result.tokens[run.drawing.rows] if run.drawing.seq_ids else np.zeros(0, np.int64)
             if (tokens == NOT_FINITE).any():
                 raise ExecutorError("the model produced logits that are not finite")
-            for i in np.flatnonzero(tokens == NONE_ALLOWED).tolist():
-                step.refused = run.drawing.seq_ids[i]
             if run.part.decode is None:
                 sampled |= {i: Sampled(token) for i, token in zip(run.drawing.seq_ids, tokens.tolist())}
             else:
