@@ -30,13 +30,15 @@ FinishReason = Literal["stop", "length"]
 class TokenOutput:
     """One new token of a request; ``finish_reason`` on its last one: ``stop`` when the token itself ends it.
 
-    ``prompt``: log-probabilities of the prompt, with the first token of a request that asked for them.
+    ``prompt``: log-probabilities of the prompt, with the first token of a request that asked for them. ``cached``: with
+    the first token, how many tokens of the prompt were in the prefix cache.
     """
 
     request_id: int
     sampled: Sampled
     finish_reason: FinishReason | None = None
     prompt: tuple[Sampled, ...] = ()
+    cached: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class Failure:
 
 @dataclass(slots=True)
 class _Request:
-    """``plain``: neither constrained nor scored."""
+    """``plain``: it has begun and is not constrained, so that a token is all an output says of it."""
 
     output: list[int]
     budget: int
     stops: frozenset[int]
-    plain: bool
     scores: PromptScores | None = None
+    plain: bool = False
 
 
 @dataclass(slots=True)
@@ -133,8 +135,7 @@ class EngineCore:
         scores = None
         if params.prompt_logprobs is not None:
             scores = PromptScores(sequence.prompt, params.prompt_logprobs)
-        plain = not (sequence.constrained or sequence.scored)
-        self._requests[self._ids] = _Request(sequence.output, sequence.budget, stops, plain, scores)
+        self._requests[self._ids] = _Request(sequence.output, sequence.budget, stops, scores)
         self.scheduler.add(sequence)
         return self._ids
 
@@ -239,7 +240,7 @@ class EngineCore:
         return outputs
 
     def _take_one(self, seq_id: int, request: _Request, sampled: Sampled) -> TokenOutput | None:
-        """The output of a token that may end its request, or that a grammar or scores go with."""
+        """The output of a token that may begin or end its request, or that a grammar goes with."""
         if (error := self.constraints.accept(seq_id, sampled.token)) is not None:
             self._fail(seq_id, error)
             return None
@@ -248,12 +249,15 @@ class EngineCore:
             reason = "stop"
         elif len(request.output) == request.budget:
             reason = "length"
-        prompt: tuple[Sampled, ...] = ()
-        if request.scores is not None:
-            prompt, request.scores = request.scores.whole(), None
+        output = TokenOutput(seq_id, sampled, reason)
+        if len(request.output) == 1:
+            request.plain = seq_id not in self.constraints
+            output.cached = self.scheduler.sequences[seq_id].cached
+            if request.scores is not None:
+                output.prompt = request.scores.whole()
         if reason is not None:
             self._end(seq_id)
-        return TokenOutput(seq_id, sampled, reason, prompt)
+        return output
 
     def close(self) -> None:
         """Free the executor."""

@@ -76,6 +76,8 @@ class Residence:
                 return False
             match = base
         self.ops += self.cache.enter(sequence.seq_id, match, tokens)
+        if not sequence.rope_len:  # preempted, it would find what it left itself
+            sequence.cached = match.tokens
         sequence.computed, sequence.rope_len = match.tokens, sequence.known
         self.prompt_tokens += sequence.known
         self.cached_tokens += match.tokens

@@ -20,7 +20,7 @@ class Sequence:
     ``scored``: the logits of every prompt row are wanted. ``priority``: lower goes first. ``tenant``: whose share it
     uses. ``salt``: of its cached prefixes. ``order`` and ``arrival`` (seconds): when it came. ``deadline``: the time
     by which it must have ended. ``awaits``: a chunk of its prompt that another sequence is computing. ``swapped``:
-    bytes of its state in host memory.
+    bytes of its state in host memory. ``cached``: prompt tokens that were in the prefix cache when it first started.
     """
 
     seq_id: int
@@ -41,6 +41,7 @@ class Sequence:
     rope_len: int = 0
     awaits: Node | None = None
     swapped: int = 0
+    cached: int = 0
 
     @property
     def known(self) -> int:

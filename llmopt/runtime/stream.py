@@ -37,10 +37,14 @@ class RequestStream:
         self._decoded = self._emitted = 0
         self.count = 0
         """Tokens generated so far, those of a stop string included."""
+        self.cached = 0
+        """Prompt tokens that were in the prefix cache, known with the first token."""
 
     def push(self, output: TokenOutput) -> Delta:
         """The delta of one token."""
         self.count += 1
+        if output.cached is not None:
+            self.cached = output.cached
         reason = output.finish_reason
         self._waiting.append((self._decoded, output.sampled))
         text = "" if reason == "stop" else self._decoder.push(output.sampled.token)

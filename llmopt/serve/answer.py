@@ -146,8 +146,14 @@ class Answer:
         assert isinstance(request, CompletionRequest)
         return CompletionWriter(index, tokenizer, logprobs=logprobs, echo=echo, scoring=request.scoring), None
 
-    def _usage(self) -> dict[str, int]:
-        return usage(self.prompt_tokens, self.completion_tokens)
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that no choice had to compute."""
+        n = self._request.choices
+        return sum(min(c.stream.cached for c in self._choices[p : p + n]) for p in range(0, len(self._choices), n))
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
     async def _deltas(self, choice: Choice) -> AsyncGenerator[Delta, None]:
         watch = self._observer.choice(len(choice.prompt))

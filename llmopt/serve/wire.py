@@ -16,7 +16,7 @@ from llmopt.runtime.core import TokenOutput
 from llmopt.runtime.params import GenerationParams, Grammar
 from llmopt.runtime.protocol import Sampled, SamplingParams
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME = 1 << 28
 """Bytes; a longer frame is a broken peer."""
 
@@ -147,7 +147,9 @@ def decode(data: bytes) -> Message:
 
 def _pack(output: TokenOutput) -> list[Any]:
     packed = [output.request_id, output.finish_reason, *_pack_token(output.sampled)]
-    return [*packed, [_pack_token(s) for s in output.prompt]] if output.prompt else packed
+    if output.cached is not None:
+        packed += [output.cached, [_pack_token(s) for s in output.prompt]]
+    return packed
 
 
 def _pack_token(sampled: Sampled) -> list[Any]:
@@ -155,9 +157,12 @@ def _pack_token(sampled: Sampled) -> list[Any]:
 
 
 def _unpack(raw: list[Any]) -> TokenOutput:
-    request, reason, token, logprob, top, *prompt = raw
-    scores = tuple(_unpack_token(*entry) for entry in prompt[0]) if prompt else ()
-    return TokenOutput(request, _unpack_token(token, logprob, top), reason, scores)
+    request, reason, token, logprob, top, *first = raw
+    output = TokenOutput(request, _unpack_token(token, logprob, top), reason)
+    if first:
+        output.cached, prompt = first
+        output.prompt = tuple(_unpack_token(*entry) for entry in prompt)
+    return output
 
 
 def _unpack_token(token: int, logprob: float | None, top: list[Any]) -> Sampled:

@@ -209,3 +209,19 @@ def test_bits_say_what_a_diverging_prompt_may_reuse(kind, bits, saved):
         assert answers(core, [prompt]) == [oracle(prompt, 6, plan, VOCAB)]
     assert core.scheduler.stats().cached_tokens == saved
     assert_clean(core)
+
+
+@pytest.mark.parametrize("kinds", [("paged",), ("slots",)])
+def test_what_a_request_is_said_to_have_found_is_what_nobody_computed(kinds):
+    core = make(plan_of(*kinds), [200 if kinds == ("paged",) else 6], options=SchedulerOptions())
+    prompts = [PROMPT, PROMPT[:20] + [90, 91], PROMPT, [80] * 9]
+    found = []
+    for prompt in prompts:
+        core.add(prompt, greedy(5))
+        outputs = []
+        while core.has_work:
+            outputs += core.step()
+        assert [output.cached is None for output in outputs] == [False, True, True, True, True]
+        found.append(outputs[0].cached)
+    assert found == [0, 20, 29, 0]
+    assert core.executor.rows == sum(map(len, prompts)) - sum(found) + 4 * len(prompts)

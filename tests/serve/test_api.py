@@ -41,7 +41,32 @@ def test_a_completion(api, tokenizer):
         {"index": 0, "text": tokenizer.decode(tokens), "logprobs": None, "finish_reason": "length"}
     ]
     prompt = len(tokenizer.encode("Once upon"))
-    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 12, "total_tokens": prompt + 12}
+    assert counts(body) == {"prompt_tokens": prompt, "completion_tokens": 12, "total_tokens": prompt + 12}
+
+
+def counts(body):
+    """The usage but for what the prefix cache had, which depends on the requests before."""
+    return {key: value for key, value in body["usage"].items() if key != "prompt_tokens_details"}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_usage_says_what_the_prefix_cache_had(api, path, stream, n):
+    text = "one two three four five six seven"
+    asked = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
+    if stream:
+        asked |= {"stream": True, "stream_options": {"include_usage": True}}
+
+    def cached(salt):
+        response = post(api, path, **asked, **GREEDY, n=n, cache_salt=f"{path}{stream}{n}{salt}")
+        usage = events(response)[-1]["usage"] if stream else response.json()["usage"]
+        assert set(usage["prompt_tokens_details"]) == {"cached_tokens"}
+        return usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+
+    first, second, other = cached("a"), cached("a"), cached("b")
+    assert (first[0], other[0]) == (0, 0)
+    assert second == (first[1] - 1, first[1])
 
 
 def test_the_default_of_a_completion_is_16_tokens(api):
@@ -68,7 +93,7 @@ def test_a_stream_adds_up_to_the_whole(api, path, n):
     chunks = events(post(api, path, **fields, stream=True, stream_options={"include_usage": True}))
     last = chunks.pop()
     assert last["choices"] == []
-    assert last["usage"] == whole["usage"]
+    assert counts(last) == counts(whole)
     assert all(c["usage"] is None for c in chunks)
     assert len({c["id"] for c in [*chunks, last]}) == 1
     for choice in whole["choices"]:
@@ -175,7 +200,7 @@ def test_a_prompt_is_scored_without_generating(api, tokenizer):
     [choice] = body["choices"]
     assert choice["text"] == tokenizer.decode([5, 6])
     assert len(choice["logprobs"]["tokens"]) == 2
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert counts(body) == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
 
 
 def test_prompt_log_probabilities_of_a_chat(api, tokenizer):
@@ -340,7 +365,8 @@ def test_the_official_client(server, tokenizer):
     )
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == chat.choices[0].message.content
-    assert chunks[-1].usage == chat.usage
+    assert chunks[-1].usage.total_tokens == chat.usage.total_tokens
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="other", prompt="Hi")
     with pytest.raises(openai.BadRequestError, match="the prompt is empty"):

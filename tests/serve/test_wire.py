@@ -57,7 +57,8 @@ SAMPLED = st.builds(
     Sampled, IDS, st.one_of(st.none(), NUMBERS), st.lists(st.tuples(IDS, NUMBERS), max_size=3).map(tuple)
 )
 PROMPTS = st.lists(SAMPLED, max_size=2).map(tuple)
-OUTPUTS = st.builds(TokenOutput, IDS, SAMPLED, st.sampled_from([None, "stop", "length"]), PROMPTS)
+REASONS = st.sampled_from([None, "stop", "length"])
+OUTPUTS = st.builds(TokenOutput, IDS, SAMPLED, REASONS) | st.builds(TokenOutput, IDS, SAMPLED, REASONS, PROMPTS, IDS)
 ERRORS = st.one_of(st.builds(RequestError, st.text()), st.builds(QueueFullError, st.text(), retry_after=NUMBERS))
 MESSAGES = st.one_of(
     st.builds(Ready, IDS, IDS, IDS, IDS),
