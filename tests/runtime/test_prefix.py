@@ -214,7 +214,7 @@ def test_bits_say_what_a_diverging_prompt_may_reuse(kind, bits, saved):
 @pytest.mark.parametrize("kinds", [("paged",), ("slots",)])
 def test_what_a_request_is_said_to_have_found_is_what_nobody_computed(kinds):
     core = make(plan_of(*kinds), [200 if kinds == ("paged",) else 6], options=SchedulerOptions())
-    prompts = [PROMPT, PROMPT[:20] + [90, 91], PROMPT, [80] * 9]
+    prompts = [PROMPT, [*PROMPT[:20], 90, 91], PROMPT, [80] * 9]
     found = []
     for prompt in prompts:
         core.add(prompt, greedy(5))
