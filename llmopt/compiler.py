@@ -16,6 +16,7 @@ from torch import Tensor
 from llmopt.artifact import BuildInfo, Manifest, WeightsPlan, write_artifact
 from llmopt.errors import ConfigError
 from llmopt.frontend import Captured, Checkpoint, capture, load_checkpoint
+from llmopt.frontend.keeping import require_support
 from llmopt.frontend.ledger import take_ledger
 from llmopt.golden import record_golden
 from llmopt.ir.check import PassChecker
@@ -96,7 +97,7 @@ def compile_checkpoint(
     context = pass_context(target, recipe)
     checkpoint = load_checkpoint(path)
     check_chat_template(checkpoint.tokenizer_files)
-    captured = capture(checkpoint, recipe.torch_dtype, options.max_context or recipe.max_context)
+    captured = capture(checkpoint, recipe.torch_dtype, options.max_context or recipe.max_context, recipe.dequantize)
     watch.lap("capture")
     samples = draw_samples(
         checkpoint,
@@ -160,7 +161,7 @@ def compile_checkpoint(
 
 def prove_build(checkpoint: Checkpoint, module: Module, held_out: Tensor, options: CompileOptions) -> dict[str, Any]:
     """The proof's figures, to six digits: the passes' module beside the checkpoint in fp32."""
-    baseline = capture(checkpoint, torch.float32, options.max_context).module
+    baseline = capture(checkpoint, torch.float32, options.max_context, ("*",)).module
     result = prove(baseline, module, held_out, options.progress)
     if options.sensitivity:
         alone = sensitivity(module, held_out[:SENSITIVITY_WINDOWS], options.progress)
@@ -194,6 +195,7 @@ def run_passes(
     checker: PassChecker | None,
 ) -> list[PassRecord]:
     """Common passes on the captured function, the fork, then the passes that name functions."""
+    require_support(captured.module, target.info)
     manager = PassManager(options.dump_ir, checker)
     common, forked = split_at_fork(recipe.passes)
     records = manager.run(captured.module, common, context)
@@ -217,7 +219,7 @@ def describe(
         "passes": [{k: v for k, v in asdict(r).items() if k != "ms"} for r in records],
         "ledger": take_ledger(last.graph).to_json(),
         "bytes": {
-            "checkpoint": sum(w.nbytes for w in checkpoint.weights.values()),
+            "checkpoint": sum(w.nbytes for w in checkpoint.files.values()),
             "weights": sum(type_bytes(reader.type, {}) for reader in files.weights.values()),
             "kv_per_token": kv_bytes_per_token(program),
         },

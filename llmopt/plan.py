@@ -104,7 +104,7 @@ def plan_build(source: Path, recipe: Recipe, memory: float, bandwidth: float, co
         model=str(checkpoint.config.get("model_type")),
         recipe=recipe.name,
         parameters=sum(prod(w.shape) for w in checkpoint.weights.values()),
-        checkpoint_bytes=sum(w.nbytes for w in checkpoint.weights.values()),
+        checkpoint_bytes=sum(w.nbytes for w in checkpoint.files.values()),
         weight_bytes=weights,
         activation_bytes=activations,
         kv_per_token=sum(g.block_bytes() / g.block_size for g in program.states.groups if grows(g)),
@@ -122,7 +122,7 @@ def shapes_only(checkpoint: Checkpoint, recipe: Recipe, context: int | None) -> 
     """The program a recipe makes of a checkpoint, of whose tensors only the shapes count."""
     target = load_target(recipe.target)
     ctx = replace(pass_context(target, recipe), shapes_only=True)
-    captured = capture(checkpoint, recipe.torch_dtype, context or recipe.max_context)
+    captured = capture(checkpoint, recipe.torch_dtype, context or recipe.max_context, recipe.dequantize)
     run_passes(captured, target, recipe, ctx, CompileOptions(), None)
     return lower(captured.module)
 

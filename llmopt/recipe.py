@@ -35,7 +35,10 @@ class CalibrationOptions(BaseModel):
 
 
 class RecipeFile(BaseModel):
-    """The keys of a recipe file. A pass is its name, or one mapping of its name to options."""
+    """The keys of a recipe file. A pass is its name, or one mapping of its name to options.
+
+    ``dequantize``: glob patterns over the names of tensors that the checkpoint stores quantized; these become values.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -43,6 +46,7 @@ class RecipeFile(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_context: int | None = None
     calibration: CalibrationOptions | None = None
+    dequantize: list[str] = []
     passes: list[str | dict[str, dict[str, Any] | None]] = []
     target_options: dict[str, Any] = {}
 
@@ -59,6 +63,7 @@ class Recipe:
     target_options: dict[str, Any]
     text: str
     calibration: CalibrationOptions
+    dequantize: tuple[str, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -99,11 +104,22 @@ def parse_recipe(text: str, name: str = "recipe", where: str | None = None) -> R
     entries = [_entry(item, f"{where}, pass {i + 1}") for i, item in enumerate(file.passes)]
     passes = tuple(build_pass(n, options, f"{where}, pass {i + 1}") for i, (n, options) in enumerate(entries))
     canonical = file.model_dump() | {"passes": [{n: dict(sorted(o.items()))} if o else n for n, o in entries]}
-    if file.calibration is None:
-        del canonical["calibration"]
+    for key in ("calibration", "dequantize"):
+        if not canonical[key]:
+            del canonical[key]
     dumped = yaml.safe_dump(canonical, sort_keys=True, allow_unicode=True)
     options, calibration = dict(file.target_options), file.calibration or CalibrationOptions()
-    return Recipe(name, file.target, file.dtype, file.max_context, passes, options, dumped, calibration)
+    return Recipe(
+        name,
+        file.target,
+        file.dtype,
+        file.max_context,
+        passes,
+        options,
+        dumped,
+        calibration,
+        tuple(file.dequantize),
+    )
 
 
 def build_pass(name: str, options: Mapping[str, Any] | None = None, where: str = "recipe") -> Pass:

@@ -65,7 +65,7 @@ def write_windows(
 
 def generator(checkpoint: Checkpoint, sequences: int, length: int) -> Executor:
     """The checkpoint on the reference target, in the dtype it is stored in."""
-    module = capture(checkpoint, None, length).module
+    module = capture(checkpoint, None, length, ("*",)).module
     passes = [build_pass("rewrite_kv_cache", {"layout": "paged"}), build_pass("prune_logits")]
     PassManager().run(module, passes, PassContext(load_target("reference").info, torch.float32))
     program = lower(module)

@@ -16,10 +16,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from llmopt.errors import ConfigError
+from llmopt.errors import ConfigError, UnsupportedModelError
 from llmopt.frontend.checkpoint import Checkpoint
 from llmopt.frontend.model import build_model
 from llmopt.frontend.names import aliases
+from llmopt.frontend.quantized import KEY
 from llmopt.registry import did_you_mean
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -43,6 +44,8 @@ class Blueprint:
     @staticmethod
     def of(config: Mapping[str, Any], dtype: str | None = None) -> Blueprint:
         """Build the config's decoder on meta. Raises UnsupportedModelError, CheckpointError or ConfigError."""
+        if config.get(KEY) is not None:
+            raise UnsupportedModelError("the shapes of quantized weights are known from their files alone", where=KEY)
         dtype = dtype or str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {dtype!r}", hint=did_you_mean(dtype, DTYPES))

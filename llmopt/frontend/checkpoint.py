@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmopt.errors import CheckpointError, UnsupportedModelError
+from llmopt.errors import CheckpointError
+from llmopt.frontend.quantized import read_quantized, reader_for
 from llmopt.frontend.shards import Stored, read_shard
 from llmopt.ir.weights import Weight
 
@@ -29,13 +30,23 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory. ``weights`` are the stored tensors by their names in the files."""
+    """A checkpoint directory. ``weights`` are the stored tensors by their names in the files.
+
+    Where they are stored quantized, ``weights`` holds each layer's weight as one, by the name it would have, and
+    ``stored`` the tensors of the files.
+    """
 
     path: Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
     weights: dict[str, Weight]
     tokenizer_files: dict[str, Path]
+    stored: dict[str, Weight] | None = None
+
+    @property
+    def files(self) -> dict[str, Weight]:
+        """The tensors as the files hold them."""
+        return self.weights if self.stored is None else self.stored
 
     @cached_property
     def digest(self) -> str:
@@ -46,9 +57,9 @@ class Checkpoint:
         total = hashlib.sha256()
         for part in (self.config, self.generation_config):
             total.update(json.dumps(part, sort_keys=True).encode())
-        for name, weight in sorted(self.weights.items()):
+        for name, weight in sorted(self.files.items()):
             total.update(f"{name} {weight.dtype} {weight.shape}\n".encode())
-        files = sorted({w.file for w in self.weights.values() if isinstance(w, Stored)})
+        files = sorted({w.file for w in self.files.values() if isinstance(w, Stored)})
         with ThreadPoolExecutor(max_workers=2) as pool:
             for file, digest in zip(files, pool.map(file_digest, files)):
                 total.update(f"{file.name} {digest}\n".encode())
@@ -67,7 +78,8 @@ def file_digest(file: Path) -> str:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint's headers (no tensor data).
 
-    Raises CheckpointError when a file is missing, damaged or unsafe (pickle weights, code in ``auto_map``).
+    Raises CheckpointError when a file is missing, damaged or unsafe (pickle weights, code in ``auto_map``),
+    UnsupportedModelError when it is quantized in a way llmopt does not read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -75,26 +87,23 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     config = read_json(path / "config.json")
     refuse(path, config)
     generation = path / "generation_config.json"
+    stored, reader = read_weights(path), reader_for(config, path)
     return Checkpoint(
         path=path,
         config=config,
         generation_config=read_json(generation) if generation.exists() else {},
-        weights=read_weights(path),
+        weights=stored if reader is None else read_quantized(reader, stored, path),
         tokenizer_files={name: path / name for name in TOKENIZER_FILES if (path / name).is_file()},
+        stored=None if reader is None else stored,
     )
 
 
 def refuse(path: Path, config: dict[str, Any]) -> None:
-    """Raise on configs llmopt does not read: remote code, quantized weights, no model type."""
+    """Raise on configs llmopt does not read: remote code, no model type."""
     where = str(path / "config.json")
     if "auto_map" in config:
         raise CheckpointError(
             "auto_map asks to run code from the checkpoint", where=where, hint="llmopt never runs a checkpoint's code"
-        )
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"the weights are already quantized ({method})", where=where, hint="compile the original checkpoint"
         )
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError("model_type is missing", where=where)

@@ -34,6 +34,8 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
         raise CheckpointError(f"config is not a valid {kind} config: {first}", where=where) from error
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{kind} is an encoder-decoder, not a decoder", where=where)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights' own affair: the modules are built as if they were not quantized
     dtype = dtype or storage_dtype(checkpoint)
     try:
         with torch.device("meta"), warnings.catch_warnings():

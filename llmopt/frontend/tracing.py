@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,9 @@ from llmopt.frontend.clean import import_graph
 from llmopt.frontend.fold import fold
 from llmopt.frontend.hooks import NAME, Capture, installed
 from llmopt.frontend.integrity import check_graph, check_interfaces, describe, mixer, unseen_layers
+from llmopt.frontend.keeping import keep_codes
 from llmopt.frontend.ledger import Ledger, take_ledger
-from llmopt.frontend.model import build_model, computed_buffers, model_config
+from llmopt.frontend.model import build_model, computed_buffers, model_config, storage_dtype
 from llmopt.frontend.names import find_weights
 from llmopt.frontend.raising import python_modules, raise_modules, raised_functions
 from llmopt.ir.module import ModelConfig, Module, attach
@@ -48,8 +50,15 @@ class Step(nn.Module):
         ).logits
 
 
-def capture(checkpoint: Checkpoint, dtype: torch.dtype | None = None, max_context: int | None = None) -> Captured:
+def capture(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    max_context: int | None = None,
+    dequantize: Sequence[str] = (),
+) -> Captured:
     """Capture a checkpoint's decoder in ``dtype`` (None: the checkpoint's) for at most ``max_context`` tokens.
+
+    Weights stored quantized keep their codes, but those whose names fit a pattern of ``dequantize``.
 
     Reads no tensor data, except to compare tied tensors that are stored twice. Raises UnsupportedModelError naming
     the module that cannot be captured, CheckpointError on tensors that are missing or contradict the config,
@@ -69,6 +78,7 @@ def capture(checkpoint: Checkpoint, dtype: torch.dtype | None = None, max_contex
     table = rename_weights(graph, weights, {**buffers, **known})
     fold(graph, table)
     module = make_module(graph, table, config)
+    keep_codes(module, dtype or storage_dtype(checkpoint), dequantize)
     switch = check_graph(module, model, state)
     module.rope_switch = switch
     return Captured(module, take_ledger(graph))

@@ -26,7 +26,7 @@ def reference_executor(checkpoint: Path, options: LoadOptions) -> Executor:
     """
     recipe = parse_recipe(RECIPE, name="baseline")
     target = load_target(recipe.target)
-    captured = capture(load_checkpoint(checkpoint), recipe.torch_dtype, options.max_context)
+    captured = capture(load_checkpoint(checkpoint), recipe.torch_dtype, options.max_context, ("*",))
     run_passes(captured, target, recipe, pass_context(target, recipe), CompileOptions(), None)
     weights = {name: weight.tensor() for name, weight in captured.module.weights.items()}
     executor: Executor = load_executor_module("reference").ReferenceExecutor(lower(captured.module), weights, options)

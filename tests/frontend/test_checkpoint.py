@@ -243,8 +243,8 @@ def test_unknown_architecture(copy: Path) -> None:
 
 
 def test_quantized_checkpoint(copy: Path) -> None:
-    change_config(copy, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(UnsupportedModelError, match="already quantized \\(gptq\\)"):
+    change_config(copy, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(UnsupportedModelError, match="quantized by 'hqq' are not read \\(known: awq, "):
         load_checkpoint(copy)
 
 
