@@ -8,12 +8,13 @@ tables, slots) lives in device memory, so that a bucket can be captured as a CUD
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from llmopt.errors import ArtifactError
+from llmopt.program import Program, TensorType
 
-FORMAT = 2
+FORMAT = 3
 
 SAMPLING_RECORD = {
     "temperature": (0, "float32"), "inverse_temperature": (1, "float32"), "min_p": (2, "float32"),
@@ -142,12 +143,19 @@ class Bucket:
 class LaunchPlan:
     """Everything the cuda executor runs on one architecture. ``persistent``: buffers that outlive steps, zero at first,
     a row for each sequence place: ``last_tokens`` drawn; ``records``, ``history``, ``bias_ids`` and ``bias_values`` of
-    sampling; and ``masks``, a row for each masked row of a step."""
+    sampling; and ``masks``, a row for each masked row of a step. ``packed``: types of the weights that are stored in
+    another form than the program's."""
 
     arch: int
     kernels: dict[str, Cubin]
     buckets: tuple[Bucket, ...]
     persistent: dict[str, View] = field(default_factory=dict)
+    packed: dict[str, TensorType] = field(default_factory=dict)
+
+    def stored(self, program: Program) -> Program:
+        """The program with its weights as they are stored and lie on the device."""
+        types = {name: replace(program.weights[name], type=kind) for name, kind in self.packed.items()}
+        return replace(program, weights={**program.weights, **types})
 
     @property
     def arena_bytes(self) -> int:
@@ -170,6 +178,7 @@ class LaunchPlan:
                 {name: Cubin(**k) for name, k in raw["kernels"].items()},
                 tuple(_bucket(b) for b in raw["buckets"]),
                 {name: _view(v) for name, v in raw["persistent"].items()},
+                {name: TensorType(tuple(v["shape"]), v["dtype"]) for name, v in raw["packed"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"launch plan is malformed: {error!r}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmopt.launch import Bucket, Cubin, Launch, LaunchPlan, TensorMap, View, plan_file
-from llmopt.program import Function, Program, eval_shape
+from llmopt.program import Function, Program, TensorType, eval_shape
 from llmopt.target import BuildContext, TargetFiles, WeightReader
 
 from .cache import Compiled, CubinCache, Job
@@ -16,6 +16,7 @@ from .compile import assembler_major, compile_all, compiler_version
 from .feedback import KEPT, with_feedback
 from .kernel import Kernel, Specialization
 from .options import CudaOptions
+from .pack import packed
 from .plan import BucketPlan, dense, place, plan_bucket, view
 from .proven import proven
 from .select import Selector, discover
@@ -51,6 +52,7 @@ def build(
     Raises TargetError naming the call or kernel at fault.
     """
     kernels = discover() if kernels is None else kernels
+    original, (program, weights) = program, packed(program, weights)
     version = compiler_version()
     tables = {arch: load_table(arch, f"triton {version}", options.tuning) for arch in options.archs}
     plans = [plan_arch(program, arch, options, kernels, tables[arch].table) for arch in options.archs]
@@ -69,7 +71,7 @@ def build(
     for plan in plans:
         found = {spec: compiled[jobs[plan.arch, spec]] for spec in plan.specializations()}
         names = kernel_names(plan)
-        launch_plan = finish(program, plan, names, found)
+        launch_plan = replace(finish(program, plan, names, found), packed=changed(original, program))
         files[plan_file(plan.arch)] = launch_plan.to_json().encode()
         files |= {launch_plan.kernels[names[spec]].file: kernel.cubin for spec, kernel in found.items()}
         notes["kernels"][f"sm_{plan.arch}"] = {
@@ -78,7 +80,13 @@ def build(
         }
         notes["choices"][f"sm_{plan.arch}"] = choices(plan)
     log = {"kernels": len(jobs), "compiled": len(cubins.log), "misses": cubins.log}
-    return TargetFiles(files, {name: weights[name] for name in program.weights}, notes, log)
+    return TargetFiles(files, weights, notes, log)
+
+
+def changed(original: Program, program: Program) -> dict[str, TensorType]:
+    """Types of the weights that packing changed."""
+    entries = program.weights.items()
+    return {name: entry.type for name, entry in entries if entry.type != original.weights[name].type}
 
 
 def plan_arch(

@@ -11,6 +11,7 @@ from llmopt.target import BuildContext, TargetFiles, TargetInfo, WeightReader
 from .build import build
 from .cache import CubinCache
 from .options import clamp, parse_options
+from .pack import BITS
 
 RUNNABLE = ("paged", "ring")
 
@@ -24,6 +25,7 @@ class CudaTarget:
         functions=("decode", "extend"),
         layouts=RUNNABLE,
         dtypes=("bfloat16", "float16"),
+        quant_bits=BITS,
     )
 
     def build(self, program: Program, weights: Mapping[str, WeightReader], ctx: BuildContext) -> TargetFiles:

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 
 from llmopt.launch import Bucket, LaunchPlan, Pointer, Scalar, TensorMap, View
-from llmopt.lower.readers import Reader
 from llmopt.program import Program, StateGroup, dtype_bytes
 from llmopt.runtime.executors.cuda.backend import Result, Tail
 from llmopt.runtime.executors.cuda.layout import (
@@ -25,6 +24,7 @@ from llmopt.runtime.executors.cuda.layout import (
 )
 from llmopt.runtime.executors.cuda.steps import Arrays
 from llmopt.runtime.protocol import IntArray
+from llmopt.target import WeightReader
 from targets.cuda.build import ArchPlan, kernel_names
 from targets.cuda.kernel import Specialization
 
@@ -64,7 +64,7 @@ class PlanInterpreter:
         program: Program,
         plan: LaunchPlan,
         arch_plan: ArchPlan,
-        weights: Mapping[str, Reader],
+        weights: Mapping[str, WeightReader],
         blocks: Mapping[str, int],
     ) -> None:
         self.program, self.plan, self.blocks = program, plan, blocks

@@ -18,13 +18,14 @@ from llmopt.lower.fork import fork
 from llmopt.lower.lowering import lower
 from llmopt.lower.readers import Reader, readers
 from llmopt.program import Program
-from llmopt.recipe import load_recipe
+from llmopt.recipe import load_recipe, parse_recipe
 from llmopt.registry import load_executor_module
 from llmopt.runtime.executors.cuda.executor import CudaExecutor
 from llmopt.target import LoadOptions
 from targets.cuda.build import ArchPlan, kernel_names, persistent, plan_arch
 from targets.cuda.kernel import Kernel
 from targets.cuda.options import CudaOptions
+from targets.cuda.pack import packed
 from targets.cuda.plan import place
 from targets.cuda.target import TARGET
 from tests.architectures import make_checkpoint
@@ -46,9 +47,9 @@ class Model:
 
 
 @cache
-def model(architecture: str, functions: tuple[str, ...] = TARGET.info.functions) -> Model:
-    """A random model of an architecture through the recipe bf16-cuda."""
-    recipe = load_recipe("bf16-cuda")
+def model(architecture: str, functions: tuple[str, ...] = TARGET.info.functions, text: str = "") -> Model:
+    """A random model of an architecture through the recipe bf16-cuda, or another one's ``text``."""
+    recipe = parse_recipe(text) if text else load_recipe("bf16-cuda")
     context = PassContext(TARGET.info, torch.bfloat16)
     with TemporaryDirectory() as folder:
         make_checkpoint(architecture, Path(folder))
@@ -76,10 +77,11 @@ def planned(
 
 def interpreted(found: Model, kernels: tuple[Kernel, ...], options: CudaOptions = OPTIONS) -> CudaExecutor:
     """The cuda executor over Triton's interpreter."""
-    plan, launch_plan = planned(found.program, kernels, options)
-    blocks = {g.name: 4 * g.blocks_for(CONTEXT) for g in found.program.states.groups}
-    backend = PlanInterpreter(found.program, launch_plan, plan, found.weights, blocks)
-    return CudaExecutor(found.program, launch_plan, backend, 4, CONTEXT)
+    program, weights = packed(found.program, found.weights)
+    plan, launch_plan = planned(program, kernels, options)
+    blocks = {g.name: 4 * g.blocks_for(CONTEXT) for g in program.states.groups}
+    backend = PlanInterpreter(program, launch_plan, plan, weights, blocks)
+    return CudaExecutor(program, launch_plan, backend, 4, CONTEXT)
 
 
 def reference(found: Model) -> Any:

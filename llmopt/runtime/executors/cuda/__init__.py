@@ -50,12 +50,13 @@ def load(artifact: Artifact, options: LoadOptions) -> CudaExecutor:
     ExecutorError when the device computes the model wrongly.
     """
     stages = Stages()
-    notes, program = artifact.manifest.notes, artifact.program
+    notes = artifact.manifest.notes
     device = open_device(options.device)
     check_driver(device.driver, int(notes["cuda"]))
     arch = pick_arch(device.arch, tuple(notes["archs"]))
     stages.end("device")
     plan = LaunchPlan.from_json(artifact.file(plan_file(arch)).read_text("utf-8"))
+    program = plan.stored(artifact.program)
     context = min(options.max_context or program.max_context, program.max_context)
     where = layout(plan, weights_region(program))
     stages.end("plan")

@@ -1,0 +1,236 @@
+"""Linear layer over int4 or int8 weights: codes become integers in registers, scales meet the sums of each group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..fusion import ABSENT, LINEAR_Q, QUANTIZED
+from ..kernel import CallSite, Scratch, Selection
+from ..pack import chunk_of
+from ..tuning import find_linear, linear_form
+from ._common import ACTIVATIONS, SM_COUNT, cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, prefetch
+from ._dequantize import high_nibbles, low_nibbles, signed_bytes
+from ._linear import flattened
+from .gemm import FLOPS, finish
+
+
+@triton.jit
+def gemm_q(
+    x, codes, scales, zeros, bias, norm, residual, out, partial, squares, counter, M,
+    N: tl.constexpr, K: tl.constexpr, X_ROW: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out (M, N) = x (M, K) · weight (N, K)ᵀ + bias, fp32 sums; weight = (code - zero) · scale, GROUP columns a scale.
+
+    codes: packed as targets/cuda/pack.py says; scales and zeros (K / GROUP, N), zeros None where symmetric. BK divides
+    GROUP (or covers all of K) and is, of int4, the chunk of the packing. Grid (N tiles, M tiles, SPLIT); with
+    SPLIT > 1 the last part to come adds all parts in order. Tiles are computed transposed: the weights are the tall
+    side of the tensor core's instruction, rows of x its narrow one. Codes stay integers (less 8 or 128) up to the
+    product, so nothing is rounded there; a zero point is a multiple of the sum of x. With a gate (KIND) the weight
+    holds N / 2 gates above N / 2 ups. ``norm`` (K,), of one row only: x is multiplied by norm + offset, the sum divided
+    by x's root mean square. The first AHEAD bytes of each of the tile's rows go to L2 before the wait for x. Floor: the
+    codes' N · K · BITS / 8 bytes.
+    """
+    WIDTH: tl.constexpr = BN if KIND is None else BN // 2
+    COLUMNS: tl.constexpr = N if KIND is None else N // 2
+    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    row = tl.where(n < COLUMNS, n, 0)
+    PART: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
+    EVEN: tl.constexpr = K % (SPLIT * BK) == 0
+    first = tl.program_id(2) * PART
+    BYTES: tl.constexpr = BK * BITS // 8
+    h = tl.arange(0, BYTES)[None, :]
+    c_at = codes + row.to(tl.int64)[:, None] * (K * BITS // 8) + h
+    UPS: tl.constexpr = COLUMNS * (K * BITS // 8)
+    x_at = x + tl.where(m < M, m, 0).to(tl.int64)[:, None] * X_ROW + h
+    if AHEAD > 0:
+        line = first * BITS // 8 + tl.arange(0, AHEAD // 128)[None, :] * 128
+        ok = (n < COLUMNS)[:, None] & (line < K * BITS // 8)
+        ahead = codes + row.to(tl.int64)[:, None] * (K * BITS // 8) + line
+        prefetch(ahead, ok, PDL)
+        if KIND is not None:
+            prefetch(ahead + UPS, ok, PDL)
+    pdl_release(PDL)
+    pdl_wait(PDL)
+    acc = tl.zeros((WIDTH, BM), tl.float32)
+    up = acc
+    square = 0.0
+    for start in range(first, first + PART, BK):
+        if EVEN:
+            b = tl.load(c_at + start * BITS // 8)
+            low = tl.load(x_at + start)
+        else:
+            b = tl.load(c_at + start * BITS // 8, mask=start + h < K, other=0)
+            low = tl.load(x_at + start, mask=start + h < K, other=0.0)
+        high = low
+        if BITS == 4:
+            if EVEN:
+                high = tl.load(x_at + start + BYTES)
+            else:
+                high = tl.load(x_at + start + BYTES, mask=start + BYTES + h < K, other=0.0)
+        if norm is not None:
+            square += squared(low)
+            low = scaled(low, norm, start + h, K, offset)
+            if BITS == 4:
+                square += squared(high)
+                high = scaled(high, norm, start + BYTES + h, K, offset)
+        sums = 0.0
+        if zeros is not None:
+            sums = tl.sum(low.to(tl.float32), 1)
+            if BITS == 4:
+                sums += tl.sum(high.to(tl.float32), 1)
+        group = tl.minimum(start, K - 1) // GROUP * N
+        acc = add_chunk(acc, b, low, high, sums, scales, zeros, group + row, BITS, GROUP == K)
+        if KIND is not None:
+            if EVEN:
+                b = tl.load(c_at + UPS + start * BITS // 8)
+            else:
+                b = tl.load(c_at + UPS + start * BITS // 8, mask=start + h < K, other=0)
+            up = add_chunk(up, b, low, high, sums, scales, zeros, group + COLUMNS + row, BITS, GROUP == K)
+    if GROUP == K:
+        acc *= tl.load(scales + row).to(tl.float32)[:, None]
+        if KIND is not None:
+            up *= tl.load(scales + COLUMNS + row).to(tl.float32)[:, None]
+    total = tl.trans(acc)
+    more = tl.trans(up)
+    if SPLIT > 1:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        spot = tl.arange(0, BM)[:, None] * BN + tl.arange(0, WIDTH)[None, :]
+        mine = tile * SPLIT + tl.program_id(2)
+        at = partial + mine.to(tl.int64) * (BM * BN) + spot
+        tl.store(at, total)
+        if KIND is not None:
+            tl.store(at + WIDTH, more)
+        if norm is not None:
+            tl.store(squares + mine, square)
+        tl.debug_barrier()
+        came = tl.atomic_add(counter + tile, 1, sem="acq_rel")
+        if came == SPLIT - 1:
+            tl.debug_barrier()
+            total = tl.zeros((BM, WIDTH), tl.float32)
+            more = total
+            square = 0.0
+            for part in range(SPLIT):
+                at = partial + (tile * SPLIT + part).to(tl.int64) * (BM * BN) + spot
+                total += tl.load(at, cache_modifier=".cg")
+                if KIND is not None:
+                    more += tl.load(at + WIDTH, cache_modifier=".cg")
+                if norm is not None:
+                    square += tl.load(squares + tile * SPLIT + part, cache_modifier=".cg")
+            if norm is not None:
+                root = tl.rsqrt(square / K + eps)
+                total *= root
+                more *= root
+            finish(total, more, bias, residual, out, m, n, M, COLUMNS, KIND)
+            tl.store(counter + tile, 0)
+    else:
+        if norm is not None:
+            root = tl.rsqrt(square / K + eps)
+            total *= root
+            more *= root
+        finish(total, more, bias, residual, out, m, n, M, COLUMNS, KIND)
+
+
+@triton.jit
+def squared(a):
+    """Sum of squares of the first row of a tile, whose other rows repeat it."""
+    a = a.to(tl.float32)
+    return tl.sum(tl.sum(a * a, 1), 0) / a.shape[0]
+
+
+@triton.jit
+def scaled(a, norm, k, K: tl.constexpr, offset: tl.constexpr):
+    """A tile of x times the norm's weights."""
+    s = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32) + offset
+    return (a.to(tl.float32) * s).to(a.dtype)
+
+
+@triton.jit
+def add_chunk(acc, b, low, high, sums, scales, zeros, at, BITS: tl.constexpr, WHOLE: tl.constexpr):
+    """The product of a chunk of weights (WIDTH, bytes) and x (BM, ...), scaled and added to acc (WIDTH, BM).
+
+    ``at``: where each weight row's scale and zero lie; with WHOLE one scale serves all of K and is left to the caller.
+    """
+    part = acc if WHOLE else tl.zeros(acc.shape, tl.float32)
+    if BITS == 4:
+        part = tl.dot(low_nibbles(b, low.dtype), tl.trans(low), part)
+        part = tl.dot(high_nibbles(b, low.dtype), tl.trans(high), part)
+    else:
+        part = tl.dot(signed_bytes(b, low.dtype), tl.trans(low), part)
+    if zeros is not None:
+        z = tl.load(zeros + at).to(tl.float32)
+        part += ((1 << (BITS - 1)) - z)[:, None] * sums[None, :]
+    return part if WHOLE else acc + part * tl.load(scales + at).to(tl.float32)[:, None]
+
+
+def shape_tiles(m: int, n: int, k: int, bits: int, gated: bool, arch: int) -> dict[str, Any]:
+    """Tile sizes and split for a shape nobody measured: programs to fill the GPU four times, unless what the parts of
+    K leave and take up again were more bytes than the weight."""
+    bm = max(16, min(128, pow2(m)))
+    c: dict[str, Any] = {"BM": bm, "BN": 128 if gated or bm > 32 else 64, "SPLIT": 1, "AHEAD": 256 if bm <= 64 else 0}
+    c |= {"warps": 8 if bm > 64 else 4, "stages": 4 if arch >= 90 and bm <= 64 else 3}
+    programs, fill = cdiv(n, c["BN"]) * cdiv(m, bm), 4 * SM_COUNT.get(arch, 108)
+    most = min(k // 512, k * bits // (64 * bm))
+    while c["SPLIT"] * 2 <= min(8, most) and programs * c["SPLIT"] * 2 <= fill:
+        c["SPLIT"] *= 2
+    return c
+
+
+@dataclass(frozen=True)
+class GemmQ:
+    """``llmopt.linear_q`` and ``cuda.linear_q`` of int4 and int8 weights, any number of rows."""
+
+    name: str = "gemm_q"
+    ops: tuple[str, ...] = (QUANTIZED, LINEAR_Q)
+
+    def select(self, site: CallSite) -> Selection | str:
+        v: Any = {**ABSENT, **site.values}
+        codes, gate, bits = v["codes"], v["gate"], v["bits"]
+        x, out, residual = flattened(v["x"]), flattened(site.outputs[0]), flattened(v["residual"])
+        if x is None or out is None or (residual is None) != (v["residual"] is None):
+            return "the rows are not evenly spaced"
+        if x.dtype not in ("bfloat16", "float16"):
+            return f"activations of {x.dtype}"
+        if not out.contiguous or not (residual is None or residual.contiguous):
+            return "the results are strided"
+        if gate is not None and gate not in ACTIVATIONS:
+            return f"activation {gate}"
+        (m, k), n, group = x.shape, codes.shape[0], v["block_k"]
+        if v["norm"] is not None and m != 1:
+            return "it normalizes one row only"
+        tuned = find_linear(site.tuning, self.name, f"int{bits}g{group if group < k else 'k'}", m, n, k, linear_form(v))
+        c = dict(tuned.config) if tuned else shape_tiles(m, n, k, bits, gate is not None, site.arch)
+        bk = chunk_of(bits, group, k)
+        c["BM"], c["SPLIT"] = min(c["BM"], max(16, pow2(m))), min(c["SPLIT"], cdiv(k, bk))
+        tiles, split = cdiv(out.shape[1], c["BN"] // (1 if gate is None else 2)) * cdiv(m, c["BM"]), c["SPLIT"]
+        tensors = {
+            "x": x, "codes": codes, "scales": v["scales"], "zeros": v["zeros"], "bias": v["bias"], "norm": v["norm"],
+            "residual": residual, "out": out, "M": m,
+            "partial": Scratch("partial", 4 * tiles * split * c["BM"] * c["BN"]) if split > 1 else None,
+            "squares": Scratch("squares", 4 * tiles * split) if split > 1 and v["norm"] is not None else None,
+            "counter": Scratch("counter", 4 * tiles, zeroed=True) if split > 1 else None,
+        }  # fmt: skip
+        constants = {
+            "N": n, "K": k, "X_ROW": x.strides[0], "eps": float(v["eps"]), "offset": float(v["offset"]), "KIND": gate,
+            "BITS": bits, "GROUP": group, "BM": c["BM"], "BN": c["BN"], "BK": bk, "SPLIT": split, "AHEAD": c["AHEAD"],
+        }  # fmt: skip
+        moved = nbytes(x, codes, v["scales"], v["zeros"], residual, out)
+        made = launch(
+            site.arch, gemm_q, (tiles // cdiv(m, c["BM"]), cdiv(m, c["BM"]), split), tensors, constants,
+            warps=c["warps"], stages=c["stages"], moved=moved,
+            scratch={"partial": "*fp32", "squares": "*fp32", "counter": "*i32"},
+        )  # fmt: skip
+        cost = max(modelled_us(moved, site.arch), 2 * m * n * k / FLOPS.get(site.arch, 0.2e9))
+        each = "a channel" if group >= k else f"groups of {group}"
+        why = f"int{bits}, {each}, {c['BM']}x{c['BN']}x{bk} tiles" + (f", K in {split}" if split > 1 else "")
+        why += f", {tuned.note}" if tuned else ", modelled"
+        return Selection((made,), why, tuned.us if tuned else cost)
+
+
+KERNEL = GemmQ()

@@ -1,0 +1,132 @@
+"""Quantized weights as the cuda kernels read them, and back.
+
+int4: two codes a byte, (N, K / 2). Columns go in chunks; byte i of a chunk holds column i below column i + half of the
+chunk, so that the low nibbles of a load are half a chunk of consecutive columns and the high ones the other half: both
+meet x as it lies, and no register moves. int8: the code less 128, as the byte of an int8 (N, K). Scales and zeros are
+transposed, (K / group, N), so that a tile of outputs reads its scales of a group in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.errors import TargetError
+from llmopt.program import OpCall, Program, Ref, TensorType, dtype_bytes
+from llmopt.target import WeightReader
+
+from .fusion import QUANTIZED
+
+Array = npt.NDArray[Any]
+BITS = (4, 8)
+CHUNKS = (128, 64, 32)
+
+
+def chunk_of(bits: int, group: int, k: int) -> int:
+    """Columns of a chunk: what a kernel multiplies at a time. Raises ValueError when none of CHUNKS fits."""
+    if group >= k and bits == 8:
+        return CHUNKS[0]  # what is past K is masked
+    for chunk in CHUNKS:
+        if group % chunk == 0 and (bits == 8 or k % chunk == 0):
+            return chunk
+    raise ValueError(f"groups of {group} of {k} columns are no multiple of {CHUNKS[-1]}")
+
+
+def pack_codes(codes: Array, bits: int, chunk: int) -> Array:
+    """Codes (n, K) uint8 of some rows as stored: (n, K / 2) or (n, K) uint8."""
+    if bits == 8:
+        return codes ^ np.uint8(128)
+    n, k = codes.shape
+    halves = codes.reshape(n, k // chunk, 2, chunk // 2)
+    joined: Array = halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)
+    return joined.reshape(n, k // 2)
+
+
+def unpack_codes(packed: Array, bits: int, chunk: int) -> Array:
+    """Inverse of pack_codes."""
+    if bits == 8:
+        return packed ^ np.uint8(128)
+    n, half = packed.shape
+    chunks = packed.reshape(n, 2 * half // chunk, 1, chunk // 2)
+    return np.concatenate((chunks & 15, chunks >> 4), axis=2).reshape(n, 2 * half)
+
+
+@dataclass(frozen=True)
+class PackedCodes:
+    """Codes packed while they are read."""
+
+    source: WeightReader
+    bits: int
+    chunk: int
+
+    @property
+    def type(self) -> TensorType:
+        """(N, K · bits / 8) uint8."""
+        n, k = self.source.type.shape
+        return TensorType((n, int(k) * self.bits // 8), "uint8")
+
+    def chunks(self, max_bytes: int) -> Iterator[Array]:
+        """Rows in order."""
+        for rows in self.source.chunks(max_bytes):
+            yield np.ascontiguousarray(pack_codes(rows, self.bits, self.chunk))
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A table of scales or zeros with its groups first; it is small enough to be held."""
+
+    source: WeightReader
+
+    @property
+    def type(self) -> TensorType:
+        """(K / group, N)."""
+        return TensorType(self.source.type.shape[::-1], self.source.type.dtype)
+
+    def chunks(self, max_bytes: int) -> Iterator[Array]:
+        """Rows in order, at most ``max_bytes`` at a time (one row at least)."""
+        table = np.ascontiguousarray(np.concatenate(list(self.source.chunks(1 << 30))).T)
+        rows = max(1, max_bytes // (table.shape[1] * dtype_bytes(self.type.dtype)))
+        for start in range(0, len(table), rows):
+            yield table[start : start + rows]
+
+
+def packed(program: Program, weights: Mapping[str, WeightReader]) -> tuple[Program, dict[str, WeightReader]]:
+    """The program with the types of packed weights, and readers of all its weights.
+
+    Raises TargetError for a quantized weight that no kernel reads.
+    """
+    found: dict[str, WeightReader] = {name: weights[name] for name in program.weights}
+    for function in program.functions.values():
+        for call in function.calls:
+            if call.op == QUANTIZED:
+                found |= {name: pack(weights[name]) for name, pack in packers(call, weights).items()}
+    entries = {name: replace(entry, type=found[name].type) for name, entry in program.weights.items()}
+    return replace(program, weights=entries), found
+
+
+def packers(call: OpCall, weights: Mapping[str, WeightReader]) -> dict[str, Callable[[WeightReader], WeightReader]]:
+    """How each weight of a quantized linear is packed."""
+    args = call.args
+    codes, bits, group = args["codes"], args["bits"], args["block_k"]
+
+    def refuse(what: str, hint: str) -> TargetError:
+        return TargetError(f"cuda cannot run {what}", where=call.scope or call.outputs[0], hint=hint)
+
+    if args["format"] != "int" or bits not in BITS or args["block_n"] != 1:
+        what = f"{args['format']} weights of {bits} bits in blocks of {args['block_n']} rows"
+        raise refuse(what, "it has int weights of 4 and 8 bits, a scale for each row and group of columns")
+    if args["g_idx"] is not None:
+        raise refuse("columns in another order than their groups (g_idx)", "gptq: {static_groups: true}")
+    assert isinstance(codes, Ref)
+    assert isinstance(bits, int)
+    assert isinstance(group, int)
+    try:
+        chunk = chunk_of(bits, group, int(weights[codes.name].type.shape[1]))
+    except ValueError as error:
+        raise refuse(str(error), "use a group_size of 32, 64 or 128, or 8 bits") from error
+    tables = [arg.name for arg in (args["scales"], args["zeros"]) if isinstance(arg, Ref)]
+    return {codes.name: lambda reader: PackedCodes(reader, bits, chunk), **dict.fromkeys(tables, Transposed)}

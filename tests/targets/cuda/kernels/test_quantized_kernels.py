@@ -1,0 +1,132 @@
+"""Linears over int4 and int8 weights, alone and joined with norm, gate and residual, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmopt.ir.ops.linear import dequantize
+from targets.cuda.fusion import LINEAR_Q
+from targets.cuda.kernels import gemm_q
+from targets.cuda.pack import chunk_of, pack_codes
+from tests.targets.cuda.kernels.harness import close, run
+from tests.targets.cuda.kernels.test_fused_linear_kernels import ACTIVATIONS, BF16, FP16
+
+
+def operands(
+    m: int, n: int, k: int, bits: int = 4, group: int = 32, *, zeros: bool = False, dtype: torch.dtype = BF16,
+    bias: bool = False, norm: bool = False, offset: float = 0.0, gate: str | None = None, residual: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """x (1, m, k), unpacked codes (n or 2n, k), scales and zeros (n or 2n, k / group), and what the call joins."""
+    random = torch.Generator().manual_seed(m * 7919 + n * 31 + k)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    rows = n if gate is None else 2 * n
+    return {
+        "x": 3 * draw(1, m, k), "codes": integers(random, 2**bits, rows, k),
+        "scales": (torch.rand((rows, k // group), generator=random) / 2**bits + 0.01).to(dtype),
+        "zeros": integers(random, 2**bits, rows, k // group) if zeros else None, "bias": draw(rows) if bias else None,
+        "g_idx": None, "format": "int", "bits": bits, "block_n": 1, "block_k": group,
+        "norm": draw(k) if norm else None, "eps": 1e-3, "offset": offset, "gate": gate,
+        "residual": draw(1, m, n) if residual else None,
+    }  # fmt: skip
+
+
+def integers(random: torch.Generator, top: int, *shape: int) -> Tensor:
+    return torch.randint(0, top, shape, generator=random, dtype=torch.uint8)
+
+
+def exact(v: dict[str, Any]) -> Tensor:
+    """The call in float64; a normed input is rounded before it is multiplied, as the kernel rounds it."""
+    x, bits, group = v["x"].double(), v["bits"], v["block_k"]
+    root = torch.ones(())
+    if v["norm"] is not None:
+        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + v["eps"])
+        x = (v["x"].float() * (v["norm"].float() + v["offset"])).to(v["x"].dtype).double()
+    weight = dequantize(v["codes"], v["scales"], v["zeros"], None, "int", bits, 1, group).double()
+    out = torch.nn.functional.linear(x, weight) * root
+    if v["bias"] is not None:
+        out = out + v["bias"].double()
+    if v["gate"] is not None:
+        a, b = out.chunk(2, dim=-1)
+        out = ACTIVATIONS[v["gate"]](a) * b
+    return out if v["residual"] is None else out + v["residual"].double()
+
+
+def compute(v: dict[str, Any], config: dict[str, int] | None = None) -> Tensor:
+    """The kernel over packed weights, with a configuration as if it had been tuned."""
+    (m, k), rows, bits, group = v["x"].shape[1:], v["codes"].shape[0], v["bits"], v["block_k"]
+    stored = pack_codes(v["codes"].numpy(), bits, chunk_of(bits, group, k))
+    tables = {name: v[name].T.contiguous() for name in ("scales", "zeros") if v[name] is not None}
+    key = f"int{bits}g{group if group < k else 'k'} {m}x{rows}x{k}"
+    tuning = {"gemm_q": {key: config}} if config else None
+    n = rows if v["gate"] is None else rows // 2
+    given = {**v, "codes": torch.from_numpy(stored), **tables}
+    (out,) = run(gemm_q.KERNEL, LINEAR_Q, given, [((1, m, n), v["x"].dtype)], tuning=tuning)
+    return out
+
+
+FORMATS: list[dict[str, Any]] = [
+    {"bits": 4, "group": 32},
+    {"bits": 4, "group": 64, "zeros": True},
+    {"bits": 4, "group": 128, "zeros": True, "dtype": FP16},
+    {"bits": 4, "group": 256},
+    {"bits": 8, "group": 32, "zeros": True},
+    {"bits": 8, "group": 128},
+]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 17), (17, 65)])
+def test_groups(m: int, n: int, form: dict[str, Any]) -> None:
+    v = operands(m, n, 256, **form)
+    close(compute(v), exact(v))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (2, 33, 65), (5, 9, 300)])
+def test_int8_channels_of_any_length(m: int, n: int, k: int, zeros: bool) -> None:
+    v = operands(m, n, k, 8, k, zeros=zeros)
+    close(compute(v), exact(v))
+
+
+def test_int4_channels() -> None:
+    v = operands(3, 9, 96, 4, 96, zeros=True)
+    close(compute(v), exact(v))
+
+
+PARTS: list[dict[str, Any]] = [
+    {"norm": True, "zeros": True},
+    {"norm": True, "offset": 1.0, "bias": True},
+    {"residual": True, "bias": True},
+    {"gate": "silu", "bias": True, "zeros": True},
+    {"gate": "gelu_tanh", "norm": True},
+    {"gate": "relu", "norm": True, "residual": True},
+]
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(parts))
+def test_joined(parts: dict[str, Any], bits: int, split: int) -> None:
+    v = operands(1 if "norm" in parts else 3, 70, 256, bits, 64, **parts)
+    close(compute(v, {"BM": 16, "BN": 128, "SPLIT": split, "AHEAD": 0, "warps": 4, "stages": 3}), exact(v))
+
+
+def test_many_tiles() -> None:
+    v = operands(40, 70, 128, 4, 64, zeros=True)
+    close(compute(v, {"BM": 16, "BN": 64, "SPLIT": 2, "AHEAD": 128, "warps": 4, "stages": 3}), exact(v))
+
+
+@pytest.mark.parametrize("wrong", ["zeros", "scales", "codes"])
+def test_an_operand_of_another_group_is_noticed(wrong: str) -> None:
+    v = operands(2, 17, 256, 4, 64, zeros=True)
+    out = compute(v)
+    v[wrong] = v[wrong].roll(1, -1)
+    with pytest.raises(AssertionError, match="error"):
+        close(out, exact(v))

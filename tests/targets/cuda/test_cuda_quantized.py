@@ -1,0 +1,120 @@
+"""Quantized models on the cuda target: packing, what is refused, and a model's logits against the reference's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmopt.errors import TargetError
+from llmopt.ir.weights import Constant
+from llmopt.launch import LaunchPlan
+from llmopt.lower.readers import Reader
+from llmopt.program import OpCall, Ref, TensorType
+from llmopt.recipe import load_recipe
+from targets.cuda.build import changed
+from targets.cuda.kernels._common import SM_COUNT
+from targets.cuda.options import CudaOptions
+from targets.cuda.pack import PackedCodes, Transposed, pack_codes, packed, packers, unpack_codes
+from targets.cuda.select import discover
+from tests.targets.cuda.models import Model, interpreted, model, reference
+from tests.targets.cuda.test_cuda_architectures import logits
+from tests.targets.cuda.test_cuda_plan import TOLERANCE
+from tests.targets.models import worst
+
+OPTIONS = CudaOptions(decode_buckets=(1, 4), extend_buckets=(16,), extend_sequences=(4,))
+INT4 = load_recipe("int4-cuda").text.replace("group_size: 128", "group_size: 32")
+TEXTS = {
+    "int4": INT4,
+    "zeros": INT4.replace("group_size: 32", "group_size: 32\n    symmetric: false"),
+    "int8": load_recipe("int8-cuda").text,
+    "int8 head": INT4.replace("- rewrite", "- quantize_weights:\n    bits: 8\n    lm_head: true\n- rewrite"),
+}
+
+
+@given(st.sampled_from([(4, 32), (4, 64), (4, 128), (8, 128)]), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_unpacking_gives_the_codes_again(form: tuple[int, int], chunks: int, n: int, data: st.DataObject) -> None:
+    bits, chunk = form
+    random = np.random.default_rng(data.draw(st.integers(0, 99)))
+    codes = random.integers(0, 2**bits, (n, chunks * chunk), np.uint8)
+    stored = pack_codes(codes, bits, chunk)
+    assert stored.nbytes == codes.size * bits // 8
+    assert np.array_equal(unpack_codes(stored, bits, chunk), codes)
+
+
+def test_the_packing_is_the_documented_one() -> None:
+    codes = np.arange(64, dtype=np.uint8)[None] % 16
+    assert pack_codes(codes, 4, 32)[0, :3].tolist() == [0 | 0 << 4, 1 | 1 << 4, 2 | 2 << 4]
+    codes[0, 16 + 1] = 7
+    assert pack_codes(codes, 4, 32)[0, 1] == 1 | 7 << 4
+    assert not np.array_equal(unpack_codes(pack_codes(codes, 4, 64), 4, 32), codes)
+    assert pack_codes(np.uint8([[0, 128, 255]]), 8, 128).view(np.int8).tolist() == [[-128, 0, 127]]
+
+
+@pytest.mark.parametrize("max_bytes", [1, 40, 1 << 20])
+def test_weights_are_packed_while_they_are_read(max_bytes: int) -> None:
+    codes, scales = torch.randint(0, 16, (5, 64), dtype=torch.uint8), torch.rand(5, 2).bfloat16()
+    read = PackedCodes(Reader(Constant(codes), TensorType((5, 64), "uint8")), 4, 32)
+    table = Transposed(Reader(Constant(scales), TensorType((5, 2), "bfloat16")))
+    assert (read.type, table.type) == (TensorType((5, 32), "uint8"), TensorType((2, 5), "bfloat16"))
+    assert np.array_equal(np.concatenate(list(read.chunks(max_bytes))), pack_codes(codes.numpy(), 4, 32))
+    assert np.array_equal(np.concatenate(list(table.chunks(max_bytes))).astype("f4"), scales.float().numpy().T)
+
+
+def call(**args: Any) -> OpCall:
+    given = {"codes": Ref("w.codes"), "scales": Ref("w.scales"), "zeros": None, "g_idx": None, "format": "int"}
+    return OpCall("llmopt.linear_q", {**given, "bits": 4, "block_n": 1, "block_k": 32, **args}, ("y",), "layers.0.up")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"bits": 3}, "int weights of 3 bits"),
+        ({"format": "fp8_e4m3", "bits": 8}, "fp8_e4m3 weights of 8 bits"),
+        ({"block_n": 128}, "blocks of 128 rows"),
+        ({"g_idx": Ref("w.g_idx")}, "another order than their groups"),
+        ({"block_k": 16}, "groups of 16 of 96 columns"),
+    ],
+)
+def test_what_no_kernel_reads_is_refused(args: dict[str, Any], message: str) -> None:
+    weights = {"w.codes": Reader(Constant(torch.zeros(4, 96, dtype=torch.uint8)), TensorType((4, 96), "uint8"))}
+    with pytest.raises(TargetError, match=f"layers.0.up: cuda cannot run .*{message}"):
+        packers(call(**args), weights)
+
+
+def test_a_plan_keeps_the_types_of_packed_weights() -> None:
+    found = model("llama", text=INT4)
+    program, _ = packed(found.program, found.weights)
+    plan = LaunchPlan(90, {}, (), packed=changed(found.program, program))
+    assert LaunchPlan.from_json(plan.to_json()).stored(found.program) == program
+    assert any(name.endswith(".codes") for name in plan.packed)
+    assert not any("lm_head" in name or "embed" in name for name in plan.packed)
+
+
+def worst_logits(found: Model, scheme: str) -> float:
+    """Largest error of the kernels over a model's weights against the reference over the scheme's own."""
+    good = model("llama", text=TEXTS[scheme])
+    vocab_size = good.program.vocab_size
+    return worst(logits(interpreted(found, discover(), OPTIONS), vocab_size), logits(reference(good), vocab_size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", TEXTS)
+def test_a_quantized_model_computes_what_the_reference_computes(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SM_COUNT, 90, 8)
+    assert worst_logits(model("llama", text=TEXTS[scheme]), scheme) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "axis"), [(".zeros", 0), (".scales", 1)])
+def test_a_wrong_zero_point_or_group_is_noticed(suffix: str, axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SM_COUNT, 90, 8)
+    found = model("llama", text=TEXTS["zeros"])
+    name = next(name for name in found.weights if name.endswith(suffix))
+    wrong = Reader(Constant(found.weights[name].weight.tensor().roll(1, axis)), found.weights[name].type)
+    assert worst_logits(replace(found, weights={**found.weights, name: wrong}), "zeros") > TOLERANCE
