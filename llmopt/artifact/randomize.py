@@ -21,14 +21,15 @@ def randomize(program: Program, readers: Mapping[str, WeightReader]) -> dict[str
     """How to draw every large tensor; those it leaves out must be stored.
 
     Scales are positive and sized so that dequantized entries have SPREAD; unpacked codes stay below 2^bits;
-    packed ones (their type is not the program's) take every byte.
+    packed ones (their type is not the program's) take every byte; zero points stay below 2^bits.
     """
     bits = _code_bits(program)
     found = {}
     for name, reader in sorted(readers.items()):
         if nbytes(reader.type) <= SMALL_BYTES:
             continue
-        packed = name in program.weights and program.weights[name].type != reader.type
+        known = name in program.weights and not name.endswith(".zeros")
+        packed = known and program.weights[name].type != reader.type
         if fill := _fill(name, reader.type.dtype, 8 if packed else bits.get(name, 8), bits):
             found[name] = RandomTensor(reader.type.dtype, tuple(int(d) for d in reader.type.shape), fill)
     return found

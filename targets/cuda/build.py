@@ -16,7 +16,7 @@ from .compile import assembler_major, compile_all, compiler_version
 from .feedback import KEPT, with_feedback
 from .kernel import Kernel, Specialization
 from .options import CudaOptions
-from .pack import packed
+from .pack import packed, stored
 from .plan import BucketPlan, dense, place, plan_bucket, view
 from .proven import proven
 from .select import Selector, discover
@@ -52,7 +52,7 @@ def build(
     Raises TargetError naming the call or kernel at fault.
     """
     kernels = discover() if kernels is None else kernels
-    original, (program, weights) = program, packed(program, weights)
+    original, program, weights = program, stored(program), packed(program, weights)
     version = compiler_version()
     tables = {arch: load_table(arch, f"triton {version}", options.tuning) for arch in options.archs}
     plans = [plan_arch(program, arch, options, kernels, tables[arch].table) for arch in options.archs]

@@ -8,7 +8,7 @@ transposed, (K / group, N), so that a tile of outputs reads its scales of a grou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.errors import TargetError
-from llmopt.program import OpCall, Program, Ref, TensorType, dtype_bytes
+from llmopt.program import OpCall, Program, Ref, TensorType
 from llmopt.target import WeightReader
 
 from .fusion import QUANTIZED
@@ -56,60 +56,87 @@ def unpack_codes(packed: Array, bits: int, chunk: int) -> Array:
 
 
 @dataclass(frozen=True)
-class PackedCodes:
-    """Codes packed while they are read."""
+class CodesLayout:
+    """Packed codes; ``chunk`` as chunk_of says."""
 
-    source: WeightReader
     bits: int
     chunk: int
 
-    @property
-    def type(self) -> TensorType:
+    def type(self, plain: TensorType) -> TensorType:
         """(N, K · bits / 8) uint8."""
-        n, k = self.source.type.shape
+        n, k = plain.shape
         return TensorType((n, int(k) * self.bits // 8), "uint8")
 
-    def chunks(self, max_bytes: int) -> Iterator[Array]:
-        """Rows in order."""
-        for rows in self.source.chunks(max_bytes):
+    def chunks(self, source: WeightReader, max_bytes: int) -> Iterator[Array]:
+        """Rows in order, packed while they are read."""
+        for rows in source.chunks(max_bytes):
             yield np.ascontiguousarray(pack_codes(rows, self.bits, self.chunk))
 
 
 @dataclass(frozen=True)
-class Transposed:
-    """A table of scales or zeros with its groups first; it is small enough to be held."""
+class TableLayout:
+    """Scales or zeros with their groups first."""
 
-    source: WeightReader
-
-    @property
-    def type(self) -> TensorType:
+    def type(self, plain: TensorType) -> TensorType:
         """(K / group, N)."""
-        return TensorType(self.source.type.shape[::-1], self.source.type.dtype)
+        return TensorType(plain.shape[::-1], plain.dtype)
 
-    def chunks(self, max_bytes: int) -> Iterator[Array]:
-        """Rows in order, at most ``max_bytes`` at a time (one row at least)."""
-        table = np.ascontiguousarray(np.concatenate(list(self.source.chunks(1 << 30))).T)
-        rows = max(1, max_bytes // (table.shape[1] * dtype_bytes(self.type.dtype)))
+    def chunks(self, source: WeightReader, max_bytes: int) -> Iterator[Array]:
+        """Rows in order, at most ``max_bytes`` at a time (one row at least); the table is small enough to be held."""
+        table = np.ascontiguousarray(np.concatenate(list(source.chunks(1 << 30))).T)
+        rows = max(1, max_bytes // table[0].nbytes)
         for start in range(0, len(table), rows):
             yield table[start : start + rows]
 
 
-def packed(program: Program, weights: Mapping[str, WeightReader]) -> tuple[Program, dict[str, WeightReader]]:
-    """The program with the types of packed weights, and readers of all its weights.
+Layout = CodesLayout | TableLayout
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight read in its layout."""
+
+    source: WeightReader
+    layout: Layout
+
+    @property
+    def type(self) -> TensorType:
+        """What is stored."""
+        return self.layout.type(self.source.type)
+
+    def chunks(self, max_bytes: int) -> Iterator[Array]:
+        """The stored tensor's rows in order."""
+        return self.layout.chunks(self.source, max_bytes)
+
+
+def layouts(program: Program) -> dict[str, Layout]:
+    """The layout of each weight that is stored in another form than the program's.
 
     Raises TargetError for a quantized weight that no kernel reads.
     """
-    found: dict[str, WeightReader] = {name: weights[name] for name in program.weights}
+    found: dict[str, Layout] = {}
     for function in program.functions.values():
         for call in function.calls:
             if call.op == QUANTIZED:
-                found |= {name: pack(weights[name]) for name, pack in packers(call, weights).items()}
-    entries = {name: replace(entry, type=found[name].type) for name, entry in program.weights.items()}
-    return replace(program, weights=entries), found
+                found |= call_layouts(call, program)
+    return found
 
 
-def packers(call: OpCall, weights: Mapping[str, WeightReader]) -> dict[str, Callable[[WeightReader], WeightReader]]:
-    """How each weight of a quantized linear is packed."""
+def stored(program: Program) -> Program:
+    """The program with its weights' types as they are stored; raises TargetError as ``layouts`` does."""
+    changed = {name: layout.type(program.weights[name].type) for name, layout in layouts(program).items()}
+    types = {name: replace(program.weights[name], type=kind) for name, kind in changed.items()}
+    return replace(program, weights={**program.weights, **types})
+
+
+def packed(program: Program, weights: Mapping[str, WeightReader]) -> dict[str, WeightReader]:
+    """Readers of a program's weights as they are stored; raises TargetError as ``layouts`` does."""
+    plain = {name: weights[name] for name in program.weights}
+    return plain | {name: Packed(weights[name], layout) for name, layout in layouts(program).items()}
+
+
+def call_layouts(call: OpCall, program: Program) -> dict[str, Layout]:
+    """How the weights of a quantized linear are packed."""
     args = call.args
     codes, bits, group = args["codes"], args["bits"], args["block_k"]
 
@@ -125,8 +152,8 @@ def packers(call: OpCall, weights: Mapping[str, WeightReader]) -> dict[str, Call
     assert isinstance(bits, int)
     assert isinstance(group, int)
     try:
-        chunk = chunk_of(bits, group, int(weights[codes.name].type.shape[1]))
+        chunk = chunk_of(bits, group, int(program.weights[codes.name].type.shape[1]))
     except ValueError as error:
         raise refuse(str(error), "use a group_size of 32, 64 or 128, or 8 bits") from error
     tables = [arg.name for arg in (args["scales"], args["zeros"]) if isinstance(arg, Ref)]
-    return {codes.name: lambda reader: PackedCodes(reader, bits, chunk), **dict.fromkeys(tables, Transposed)}
+    return {codes.name: CodesLayout(bits, chunk), **{name: TableLayout() for name in tables}}

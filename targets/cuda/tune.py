@@ -21,11 +21,12 @@ def build_candidates(
     Raises ConfigError for a bad option or pattern, ResourceError without Triton, TargetError for what does not compile.
     """
     from .options import clamp, parse_options
+    from .pack import stored
     from .tuning.build import build_bundle, program_cases
 
     options = clamp(parse_options(target_options), program)
     arch = max(options.archs)
-    cases = program_cases(program, options, arch, model, only)
+    cases = program_cases(stored(program), options, arch, model, only)
     bundle = build_bundle(folder, cases, arch, progress, options.jobs)
     shapes = {(entry.kernel, entry.key) for entry in bundle.entries}
     return {

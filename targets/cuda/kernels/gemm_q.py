@@ -11,7 +11,7 @@ import triton.language as tl
 from ..fusion import ABSENT, LINEAR_Q, QUANTIZED
 from ..kernel import CallSite, Scratch, Selection
 from ..pack import chunk_of
-from ..tuning import find_linear, linear_form
+from ..tuning import find_linear, linear_form, quantized_form
 from ._common import ACTIVATIONS, SM_COUNT, cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, prefetch
 from ._dequantize import high_nibbles, low_nibbles, signed_bytes
 from ._linear import flattened
@@ -204,7 +204,7 @@ class GemmQ:
         (m, k), n, group = x.shape, codes.shape[0], v["block_k"]
         if v["norm"] is not None and m != 1:
             return "it normalizes one row only"
-        tuned = find_linear(site.tuning, self.name, f"int{bits}g{group if group < k else 'k'}", m, n, k, linear_form(v))
+        tuned = find_linear(site.tuning, self.name, quantized_form(bits, group, k), m, n, k, linear_form(v))
         c = dict(tuned.config) if tuned else shape_tiles(m, n, k, bits, gate is not None, site.arch)
         bk = chunk_of(bits, group, k)
         c["BM"], c["SPLIT"] = min(c["BM"], max(16, pow2(m))), min(c["SPLIT"], cdiv(k, bk))

@@ -1,7 +1,8 @@
 """Measured kernel configurations, made by ``llmopt tune``: one table an architecture, kept in this folder.
 
 A table is ``{"arch": 90, "compilers": {"triton 3.9.0": {kernel: {key: config}}}}``. A key of a linear is
-``"bfloat16 MxNxK"``, with ``" gated"``, ``" normed"`` or both after it where a gated activation or a norm is joined;
+``"bfloat16 MxNxK"``, of one over quantized weights ``"int4g128 MxNxK"`` or ``"int8 MxNxK"``, with ``" gated"``,
+``" normed"`` or both after it where a gated activation or a norm is joined;
 ``us`` in a configuration is its measured time.
 """
 
@@ -36,6 +37,11 @@ def linear_key(dtype: str, m: int, n: int, k: int, form: str = "") -> str:
     return f"{dtype} {m}x{n}x{k} {form}".rstrip()
 
 
+def quantized_form(bits: int, group: int, k: int) -> str:
+    """What stands for the dtype in the key of a quantized linear: "int4g128", or "int8" with one scale a channel."""
+    return f"int{bits}g{group}" if group < k else f"int{bits}"
+
+
 def linear_form(values: Mapping[str, Any]) -> str:
     """What a call joins to its linear, as a key says it: "gated", "normed", both or nothing."""
     parts = {"gated": values.get("gate"), "normed": values.get("norm")}
@@ -57,8 +63,8 @@ def find_linear(table: Table, kernel: str, dtype: str, m: int, n: int, k: int, f
     best: tuple[float, str] | None = None
     for key in entries:
         known, extents, *form_of = key.split(" ")
-        if known not in ("bfloat16", "float16") or dtype not in ("bfloat16", "float16"):
-            continue  # of one width: what suits one suits the other
+        if known != dtype and not {known, dtype} <= {"bfloat16", "float16"}:
+            continue  # these two are of one width: what suits one suits the other
         rows, outs, depth = map(int, extents.split("x"))
         apart = abs(math.log2(outs / n)) + abs(math.log2(depth / k))
         if rows_class(rows) == rows_class(m) and apart <= REACH:

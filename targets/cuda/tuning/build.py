@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -111,6 +112,9 @@ def work_of(kernel: str, site: CallSite, context: int) -> dict[str, Any]:
     if kernel == "moe":
         moved, flops = experts_work(site)
         return {"bytes": moved, "flops": flops, "data": {"index": choices(site)}, "rotating": ("gate_up", "down")}
+    if kernel == "gemm_q":
+        moved, flops = quantized_work(site)
+        return {"bytes": moved, "flops": flops, "rotating": ("codes",)}
     moved, flops = linear_work(site)
     return {"bytes": moved, "flops": flops, "data": bounds(site), "rotating": ("weight",)}
 
@@ -181,6 +185,13 @@ def experts_work(site: CallSite) -> tuple[int, int]:
     (_, width, inner), (rows, each) = site.values["down"].shape, site.values["index"].shape
     chosen = len(set(choices(site)))
     return 2 * (3 * chosen * width * inner + 2 * rows * width), 6 * rows * each * width * inner
+
+
+def quantized_work(site: CallSite) -> tuple[int, int]:
+    """Bytes and operations of a linear over quantized weights."""
+    operands = [site.values.get(name) for name in ("x", "codes", "scales", "zeros", "residual")]
+    moved = sum(prod(t.shape) * dtype_bytes(t.dtype) for t in (*operands, site.outputs[0]) if t is not None)
+    return moved, 2 * prod(site.values["x"].shape) * site.values["codes"].shape[0]
 
 
 def linear_work(site: CallSite) -> tuple[int, int]:

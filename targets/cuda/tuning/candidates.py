@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from math import prod
 from typing import Any
 
 from ..kernel import CallSite
 from ..kernels.moe import tuning_key
-from . import linear_form, linear_key
+from . import linear_form, linear_key, quantized_form
 
 Config = dict[str, Any]
 
@@ -73,6 +74,20 @@ def gemm_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
                    "warps": warps, "stages": stages}  # fmt: skip
 
 
+def gemm_q(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """Any rows over int4 or int8 weights: programs between 0.75 and 8 a multiprocessor."""
+    bm = max(16, min(128, 1 << (m - 1).bit_length()))
+    shapes = [(bm, 64, 4, 3), (bm, 64, 4, 5), (bm, 128, 4, 3), (bm, 128, 4, 4), (bm, 128, 8, 3)]
+    if m > 128:
+        shapes.append((256, 128, 8, 3))
+    for (rows, columns, warps, stages), split in product(shapes, (1, 2, 4, 8)):
+        programs = cdiv(n, columns) * cdiv(m, rows) * split
+        narrow = gated and columns < 128
+        if not narrow and k >= 512 * split and programs >= 96 and (programs <= 1056 or split == 1):
+            ahead = 256 if m <= 64 else 0
+            yield {"BM": rows, "BN": columns, "SPLIT": split, "AHEAD": ahead, "warps": warps, "stages": stages}
+
+
 LINEARS: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemv": gemv,
     "gemm": gemm,
@@ -105,11 +120,13 @@ def candidates(kernel: str, site: CallSite) -> tuple[str, list[Config]] | None:
     v = site.values
     if kernel in LINEARS:
         (n, k), gated = v["weight"].shape, v.get("gate") is not None
-        m = 1
-        for extent in v["input"].shape[:-1]:
-            m *= extent
+        m = prod(v["input"].shape[:-1])
         found = list(LINEARS[kernel](m, n, k, gated))
         return linear_key(v["weight"].dtype, m, n, k, linear_form(v)), found
+    if kernel == "gemm_q":
+        n, k, m = v["codes"].shape[0], v["x"].shape[-1], prod(v["x"].shape[:-1])
+        key = linear_key(quantized_form(v["bits"], v["block_k"], k), m, n, k, linear_form(v))
+        return key, list(gemm_q(m, n, k, v.get("gate") is not None))
     if kernel == "attention" and not v["ring"]:
         _, heads, rows, d = v["q"].shape
         sequences, (_, shared, size, _) = v["block_table"].shape[0], v["k_state"].shape

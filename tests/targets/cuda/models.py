@@ -25,7 +25,7 @@ from llmopt.target import LoadOptions
 from targets.cuda.build import ArchPlan, kernel_names, persistent, plan_arch
 from targets.cuda.kernel import Kernel
 from targets.cuda.options import CudaOptions
-from targets.cuda.pack import packed
+from targets.cuda.pack import packed, stored
 from targets.cuda.plan import place
 from targets.cuda.target import TARGET
 from tests.architectures import make_checkpoint
@@ -77,7 +77,7 @@ def planned(
 
 def interpreted(found: Model, kernels: tuple[Kernel, ...], options: CudaOptions = OPTIONS) -> CudaExecutor:
     """The cuda executor over Triton's interpreter."""
-    program, weights = packed(found.program, found.weights)
+    program, weights = stored(found.program), packed(found.program, found.weights)
     plan, launch_plan = planned(program, kernels, options)
     blocks = {g.name: 4 * g.blocks_for(CONTEXT) for g in program.states.groups}
     backend = PlanInterpreter(program, launch_plan, plan, weights, blocks)

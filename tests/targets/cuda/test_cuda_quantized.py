@@ -15,12 +15,12 @@ from llmopt.errors import TargetError
 from llmopt.ir.weights import Constant
 from llmopt.launch import LaunchPlan
 from llmopt.lower.readers import Reader
-from llmopt.program import OpCall, Ref, TensorType
+from llmopt.program import Function, OpCall, Ref, TensorType, WeightType
 from llmopt.recipe import load_recipe
 from targets.cuda.build import changed
 from targets.cuda.kernels._common import SM_COUNT
 from targets.cuda.options import CudaOptions
-from targets.cuda.pack import PackedCodes, Transposed, pack_codes, packed, packers, unpack_codes
+from targets.cuda.pack import CodesLayout, Packed, TableLayout, pack_codes, stored, unpack_codes
 from targets.cuda.select import discover
 from tests.targets.cuda.models import Model, interpreted, model, reference
 from tests.targets.cuda.test_cuda_architectures import logits
@@ -59,8 +59,8 @@ def test_the_packing_is_the_documented_one() -> None:
 @pytest.mark.parametrize("max_bytes", [1, 40, 1 << 20])
 def test_weights_are_packed_while_they_are_read(max_bytes: int) -> None:
     codes, scales = torch.randint(0, 16, (5, 64), dtype=torch.uint8), torch.rand(5, 2).bfloat16()
-    read = PackedCodes(Reader(Constant(codes), TensorType((5, 64), "uint8")), 4, 32)
-    table = Transposed(Reader(Constant(scales), TensorType((5, 2), "bfloat16")))
+    read = Packed(Reader(Constant(codes), TensorType((5, 64), "uint8")), CodesLayout(4, 32))
+    table = Packed(Reader(Constant(scales), TensorType((5, 2), "bfloat16")), TableLayout())
     assert (read.type, table.type) == (TensorType((5, 32), "uint8"), TensorType((2, 5), "bfloat16"))
     assert np.array_equal(np.concatenate(list(read.chunks(max_bytes))), pack_codes(codes.numpy(), 4, 32))
     assert np.array_equal(np.concatenate(list(table.chunks(max_bytes))).astype("f4"), scales.float().numpy().T)
@@ -82,14 +82,16 @@ def call(**args: Any) -> OpCall:
     ],
 )
 def test_what_no_kernel_reads_is_refused(args: dict[str, Any], message: str) -> None:
-    weights = {"w.codes": Reader(Constant(torch.zeros(4, 96, dtype=torch.uint8)), TensorType((4, 96), "uint8"))}
+    weights = {"w.codes": WeightType(TensorType((4, 96), "uint8"))}
+    function = Function("decode", (), (call(**args),), (), {})
+    program = replace(model("llama", text=INT4).program, weights=weights, functions={"decode": function})
     with pytest.raises(TargetError, match=f"layers.0.up: cuda cannot run .*{message}"):
-        packers(call(**args), weights)
+        stored(program)
 
 
 def test_a_plan_keeps_the_types_of_packed_weights() -> None:
     found = model("llama", text=INT4)
-    program, _ = packed(found.program, found.weights)
+    program = stored(found.program)
     plan = LaunchPlan(90, {}, (), packed=changed(found.program, program))
     assert LaunchPlan.from_json(plan.to_json()).stored(found.program) == program
     assert any(name.endswith(".codes") for name in plan.packed)

@@ -10,7 +10,7 @@ import pytest
 from llmopt.errors import TargetError
 from targets.cuda.cache import CubinCache, Job
 from targets.cuda.compile import compile_all
-from targets.cuda.fusion import ABSENT, ATTENTION, HEAD_NORM, LINEAR
+from targets.cuda.fusion import ABSENT, ATTENTION, HEAD_NORM, LINEAR, LINEAR_Q
 from targets.cuda.kernel import Kernel, Selection, Specialization, Strided
 from targets.cuda.kernels import (
     attention,
@@ -19,6 +19,7 @@ from targets.cuda.kernels import (
     gate,
     gemm,
     gemm_persistent,
+    gemm_q,
     gemv,
     moe,
     norm,
@@ -48,6 +49,17 @@ def linear(m: int, n: int, k: int) -> tuple[str, dict[str, Any], tuple[Strided, 
 def joined(n: int, k: int, m: int = 1, **parts: Any) -> tuple[str, dict[str, Any], tuple[Strided, ...], str]:
     values = {"input": bf16("x", 1, m, k), "weight": bf16("w", n, k), "bias": None, **ABSENT, "eps": 1e-5, **parts}
     return LINEAR, values, (bf16("out", 1, m, n // 2 if "gate" in parts else n),), "decode"
+
+
+def quantized(
+    m: int, n: int, k: int, bits: int, group: int, zeros: bool = False, **parts: Any
+) -> tuple[str, dict[str, Any], tuple[Strided, ...], str]:
+    values = {
+        "x": bf16("x", 1, m, k), "codes": dense("c", "uint8", n, k * bits // 8), "scales": bf16("s", k // group, n),
+        "zeros": dense("z", "uint8", k // group, n) if zeros else None, "bias": None, "g_idx": None, "format": "int",
+        "bits": bits, "block_n": 1, "block_k": group, **ABSENT, "eps": 1e-5, **parts,
+    }  # fmt: skip
+    return LINEAR_Q, values, (bf16("out", 1, m, n // 2 if "gate" in parts else n),), "decode"
 
 
 def attend_joined(rows: int, norm: Strided | None) -> tuple[str, dict[str, Any], Any, str]:
@@ -103,6 +115,17 @@ DRAW = {
     "masks": dense("m", "int32", 8, 4008), "positions": dense("n", "int32", 4), "mask_rows": dense("w", "int32", 4),
     "out": dense("o", "int32", 4),
 }  # fmt: skip
+QUANTIZED: list[tuple[str, dict[str, Any], Any, str]] = [
+    quantized(1, 6144, 4096, 4, 128, norm=bf16("g", 4096)),
+    quantized(1, 28672, 4096, 4, 128, True, norm=bf16("g", 4096), gate="silu"),
+    quantized(8, 4096, 14336, 4, 32, True, residual=bf16("r", 1, 8, 4096)),
+    quantized(32, 4096, 4096, 4, 64),
+    quantized(256, 28672, 4096, 4, 128, True, gate="silu"),
+    quantized(1, 28672, 4096, 8, 4096, norm=bf16("g", 4096), gate="silu"),
+    quantized(64, 4096, 4096, 8, 4096),
+    quantized(128, 28672, 4096, 8, 128, True, gate="silu"),
+    quantized(5, 33, 65, 8, 65),
+]
 CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemv.KERNEL, linear(1, 512, 1024)),
     (gemv.KERNEL, joined(512, 4096, norm=bf16("g", 4096))),
@@ -116,6 +139,7 @@ CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemm_persistent.KERNEL, linear(2048, 4096, 512)),
     (gemm_persistent.KERNEL, joined(8192, 512, 2048, gate="silu")),
     (gemm_persistent.KERNEL, joined(4096, 512, 2048, residual=bf16("r", 1, 2048, 4096))),
+    *((gemm_q.KERNEL, call) for call in QUANTIZED),
     (attention.KERNEL, attend("decode", 4, 4, 16)),
     (attention.KERNEL, attend("decode", 4, 4, 64, sinks=bf16("s", 32), window=100, sink_tokens=4)),
     (attention.KERNEL, attend_joined(1, bf16("g", 128))),
@@ -159,6 +183,17 @@ def test_kernels_build_without_spills(arch: int, tmp_path: Path) -> None:
     for job in jobs:
         assert built[job].spills == 0, job.label
         assert built[job].shared <= (227 << 10 if arch >= 90 else 163 << 10), job.label
+
+
+@pytest.mark.slow
+def test_quantized_linears_build_for_an_older_gpu_too(tmp_path: Path) -> None:
+    found = [select(gemm_q.KERNEL, *call, arch=80) for call in QUANTIZED]
+    jobs = [Job(s.launches[0].specialization, 80, "test") for s in found if isinstance(s, Selection)]
+    assert len(jobs) == len(QUANTIZED)
+    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+    for job in jobs:
+        assert built[job].spills == 0, job.label
+        assert built[job].shared <= 163 << 10, job.label
 
 
 def test_a_kernel_that_cannot_build_is_named(tmp_path: Path) -> None:

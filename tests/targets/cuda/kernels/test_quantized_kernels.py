@@ -12,6 +12,7 @@ from llmopt.ir.ops.linear import dequantize
 from targets.cuda.fusion import LINEAR_Q
 from targets.cuda.kernels import gemm_q
 from targets.cuda.pack import chunk_of, pack_codes
+from targets.cuda.tuning import linear_form, linear_key, quantized_form
 from tests.targets.cuda.kernels.harness import close, run
 from tests.targets.cuda.kernels.test_fused_linear_kernels import ACTIVATIONS, BF16, FP16
 
@@ -63,7 +64,7 @@ def compute(v: dict[str, Any], config: dict[str, int] | None = None) -> Tensor:
     (m, k), rows, bits, group = v["x"].shape[1:], v["codes"].shape[0], v["bits"], v["block_k"]
     stored = pack_codes(v["codes"].numpy(), bits, chunk_of(bits, group, k))
     tables = {name: v[name].T.contiguous() for name in ("scales", "zeros") if v[name] is not None}
-    key = f"int{bits}g{group if group < k else 'k'} {m}x{rows}x{k}"
+    key = linear_key(quantized_form(bits, group, k), m, rows, k, linear_form(v))
     tuning = {"gemm_q": {key: config}} if config else None
     n = rows if v["gate"] is None else rows // 2
     given = {**v, "codes": torch.from_numpy(stored), **tables}

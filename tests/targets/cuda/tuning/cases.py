@@ -34,6 +34,17 @@ def linear_site(m: int, n: int, k: int, gate: str | None = None) -> CallSite:
     return CallSite(OpCall("cuda.linear", {}, ("y",)), {}, values, (out,), {"T": m}, "decode", 90)
 
 
+def quantized_site(m: int, n: int, k: int, gate: str | None = None) -> CallSite:
+    """A joined linear over packed int4 weights in groups of 128."""
+    values = {
+        "x": dense("h", 1, m, k), "codes": replace(dense("c", n, k // 2), dtype="uint8"),
+        "scales": dense("s", k // 128, n), "zeros": None, "bias": None, "g_idx": None, "format": "int", "bits": 4,
+        "block_n": 1, "block_k": 128, "norm": None, "eps": 0.0, "offset": 0.0, "gate": gate, "residual": None,
+    }  # fmt: skip
+    out = dense("y", 1, m, n if gate is None else n // 2)
+    return CallSite(OpCall("cuda.linear_q", {}, ("y",)), {}, values, (out,), {"T": m}, "decode", 90)
+
+
 def experts_site(rows: int, experts: int) -> CallSite:
     """A mixture's experts, two for each row."""
     values = {

@@ -9,7 +9,7 @@ import pytest
 
 from llmopt.errors import ArtifactError, ExecutorError, ResourceError
 from targets.cuda.kernel import Kernel, Strided
-from targets.cuda.kernels import gemm, gemm_persistent, gemv, moe
+from targets.cuda.kernels import gemm, gemm_persistent, gemm_q, gemv, moe
 from targets.cuda.options import CudaOptions
 from targets.cuda.tuning.build import entry as describe
 from targets.cuda.tuning.build import program_cases, site_cases
@@ -17,7 +17,7 @@ from targets.cuda.tuning.bundle import FILE, open_bundle
 from targets.cuda.tuning.candidates import candidates
 from targets.cuda.tuning.timing import measure, winners
 from tests.targets.cuda.models import model
-from tests.targets.cuda.tuning.cases import FakeTimer, bundle, entry, experts_site, linear_site
+from tests.targets.cuda.tuning.cases import FakeTimer, bundle, entry, experts_site, linear_site, quantized_site
 
 
 def ignore(what: str, done: int, total: int) -> None:
@@ -60,6 +60,20 @@ def test_experts_are_tried_with_rows_spread_over_them() -> None:
     made = describe(cases[0], ())
     assert made.buffers["index"].dtype == "int64"
     assert {name for name, buffer in made.buffers.items() if buffer.kind == "pool"} == {"gate_up", "down"}
+
+
+@pytest.mark.parametrize(("m", "gate", "least"), [(1, None, 6), (1, "silu", 6), (32, None, 6), (256, "silu", 3)])
+def test_quantized_linears_are_tried_over_packed_weights(m: int, gate: str | None, least: int) -> None:
+    site = quantized_site(m, 8192, 4096, gate)
+    cases = list(site_cases(gemm_q.KERNEL, site, "llama", "layer"))
+    assert len(cases) >= least
+    assert {case.key for case in cases} == {f"int4g128 {m}x8192x4096{' gated' if gate else ''}"}
+    assert len({case.selection.launches for case in cases}) == len(cases)
+    assert all(case.selection.reason.endswith("tuned") for case in cases)
+    assert all(case.bytes > 8192 * 4096 // 2 for case in cases)
+    made = describe(cases[0], ())
+    assert {name for name, buffer in made.buffers.items() if buffer.kind == "pool"} == {"codes"}
+    assert made.check is None
 
 
 def test_other_kernels_have_nothing_to_try() -> None:
