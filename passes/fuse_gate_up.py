@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmopt.ir.linears import LINEAR, stack, stackable
+from llmopt.ir.linears import LINEARS, stack, stackable
 from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import Pass, PassContext
 from llmopt.ir.rewrite import Op, Var, aten, match
@@ -15,8 +15,8 @@ ACTIVATIONS = (aten.silu.default, aten.gelu.default, aten.relu.default)
 GATED = Op(
     (aten.mul.Tensor,),
     (
-        Op(ACTIVATIONS, (Op((LINEAR,), (Var("x"),), name="gate"),)),
-        Op((LINEAR,), (Var("x"),), name="up"),
+        Op(ACTIVATIONS, (Op(LINEARS, (Var("x"),), name="gate"),)),
+        Op(LINEARS, (Var("x"),), name="up"),
     ),
     commutes=True,
 )
@@ -26,7 +26,8 @@ GATED = Op(
 class FuseGateUp(Pass):
     """Matches ``act(linear_gate(x)) * linear_up(x)``, operands in either order, act one of silu, gelu, relu.
 
-    Replaces the two linears with one over ``<mlp>.gate_up_proj.weight`` (rows gate, up) and a split.
+    Replaces the two linears with one over ``<mlp>.gate_up_proj.weight`` (rows gate, up) and a split. Linears over
+    codes must share a scheme.
     """
 
     name: ClassVar[str] = "fuse_gate_up"
@@ -37,7 +38,7 @@ class FuseGateUp(Pass):
         for function in self.served(module):
             for node in function.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
                 found = match(GATED, node)
-                if found is not None and stackable([found["gate"], found["up"]]):
+                if found is not None and stackable(module, [found["gate"], found["up"]]):
                     stack(function, module, [found["gate"], found["up"]], "gate_up_proj")
                     count += 1
         module.prune_weights()

@@ -108,7 +108,8 @@ def quantized(e: Emitter, call: OpCall) -> Quantized:
     if args["format"] != "int" or args["block_n"] != 1:
         raise e.error(call, f"format {args['format']} with {args['block_n']} rows a block is not supported")
     if args["g_idx"] is not None:
-        raise e.error(call, "columns in another order than their groups (g_idx) are not supported")
+        hint = "gptq: static_groups; a checkpoint's: dequantize: [PATTERN] in the recipe"
+        raise e.error(call, "columns in another order than their groups (g_idx) are not supported", hint)
     rows, columns = (int(d) for d in e.shape(codes))
     bits, group = number(args["bits"]), number(args["block_k"])
     block = kernel_block(group, columns)
