@@ -181,9 +181,10 @@ def run_file(loading: Loading, source: Path, output: Path | None, served: str | 
 
 def answer(session: Session, request: CompletionRequest | ChatRequest, as_json: bool) -> str:
     """Generate and print; returns the text."""
+    from llmopt.serve.limits import Limits
     from llmopt.serve.prompts import request_prompts
 
-    [(ids, _)] = request_prompts(request, session.tokenizer, session.chat)
+    [(ids, _)] = request_prompts(request, session.tokenizer, session.chat, None, Limits())
     parts: list[str] = []
     last, tokens = None, []
     for last in generated(session, ids, request):

@@ -59,7 +59,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the text is not valid Unicode at character {error.start}") from error
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+        # One text as a batch without offsets: half the time of ``encode``, which can also keep other threads out (12 s
+        # for 10 MB were seen).
+        [found] = self.backend.encode_batch_fast([text], add_special_tokens=special)
+        return list(found.ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of a whole sequence, exactly as ``stream`` gives it piece by piece."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,7 +20,7 @@ from llmopt.serve.document import openapi_document
 from llmopt.serve.errors import ApiError
 from llmopt.serve.gate import Gate
 from llmopt.serve.health import Canary, DeepHealth
-from llmopt.serve.http import ClientGone, EventStream, error_response, json_body, unless_gone
+from llmopt.serve.http import ClientGone, EventStream, Worker, error_response, unless_gone
 from llmopt.serve.logs import Log
 from llmopt.serve.metrics import ServerMetrics
 from llmopt.serve.page import add_page
@@ -44,9 +44,10 @@ def build_app(model: Model, client: EngineClient, access: Access, canary: Canary
     """The application over one model and the engine process that runs it."""
     app = FastAPI(title="llmopt", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     metrics = ServerMetrics(lambda: client.stats, lambda: client.alive)
-    _add_generation(app, model, client, metrics)
+    worker = Worker(model.limits)
+    _add_generation(app, model, client, metrics, worker)
     _add_models(app, model)
-    _add_tokens(app, model)
+    _add_tokens(app, model, worker)
     _add_operations(app, client, metrics, DeepHealth(client, canary))
     add_page(app)
     _add_error_handlers(app)
@@ -57,16 +58,19 @@ def build_app(model: Model, client: EngineClient, access: Access, canary: Canary
     return CORSMiddleware(gate, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
 
 
-def _add_generation(app: FastAPI, model: Model, client: EngineClient, metrics: ServerMetrics) -> None:
+def _add_generation(app: FastAPI, model: Model, client: EngineClient, metrics: ServerMetrics, worker: Worker) -> None:
     async def answer(request: Request, kind: type[GenerationRequest]) -> Response:
-        parsed = parse_request(kind, await json_body(request, model.limits.body_bytes))
-        if client.failure is not None:
-            raise client.failure
         caller = Caller(getattr(request.state, "tenant", ""), request.state.request_id)
-        # Tokenizing a long prompt takes a while: other requests go on meanwhile.
-        found = await asyncio.to_thread(Answer, parsed, model, client, caller, metrics)
+
+        def read(body: Any) -> tuple[bool, Answer]:
+            parsed = parse_request(kind, body)
+            if client.failure is not None:
+                raise client.failure
+            return bool(parsed.stream), Answer(parsed, model, client, caller, metrics)
+
+        stream, found = await worker.on_body(request, read)
         request.state.answer = found
-        if parsed.stream:
+        if stream:
             return EventStream(found.events())
         return JSONResponse(await unless_gone(request.receive, found.whole()))
 
@@ -91,14 +95,14 @@ def _add_models(app: FastAPI, model: Model) -> None:
         return _model_card(model)
 
 
-def _add_tokens(app: FastAPI, model: Model) -> None:
+def _add_tokens(app: FastAPI, model: Model, worker: Worker) -> None:
     @app.post("/tokenize")
     async def to_tokens(request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(tokenize, await json_body(request, model.limits.body_bytes), model)
+        return await worker.on_body(request, partial(tokenize, model=model))
 
     @app.post("/detokenize")
     async def to_text(request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(detokenize, await json_body(request, model.limits.body_bytes), model)
+        return await worker.on_body(request, partial(detokenize, model=model))
 
 
 def _add_operations(app: FastAPI, client: EngineClient, metrics: ServerMetrics, deep: DeepHealth) -> None:

@@ -39,7 +39,13 @@ def scheduler_options(settings: Settings) -> SchedulerOptions:
 
 def request_limits(settings: Settings) -> Limits:
     """For requests."""
-    return Limits(settings.max_body, settings.max_choices, settings.max_output_tokens, settings.request_timeout)
+    return Limits(
+        settings.max_body,
+        settings.max_choices,
+        settings.max_output_tokens,
+        settings.request_timeout,
+        settings.receive_timeout,
+    )
 
 
 def load_settings(file: Path | None, given: Mapping[str, Any]) -> Settings:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 NAME = r"^[A-Za-z0-9_.-]{1,64}$"
-MAX_TOOLS, MAX_CHOICES = 128, 4096
+MAX_TOOLS, MAX_CHOICES, MAX_MESSAGES, MAX_PROMPTS = 128, 4096, 8192, 8192
 
 T = TypeVar("T")
 Many: TypeAlias = Annotated[list[T], Field(fail_fast=True)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -14,9 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from llmopt.errors import LlmoptError
 from llmopt.serve.errors import ApiError, error_body, error_headers, status_of
+from llmopt.serve.limits import Limits
 
-BODY_SECONDS = 60.0
-"""How long a body may take to arrive."""
+LARGE = 1 << 18
+"""Bytes of a body that is worked on apart: reading 10 MB takes seconds, in which other requests come in."""
 
 T = TypeVar("T")
 
@@ -30,22 +32,43 @@ def error_response(error: LlmoptError) -> JSONResponse:
     return JSONResponse(error_body(error), status_of(error), error_headers(error))
 
 
-async def json_body(request: Request, limit: int) -> Any:
-    """The decoded body; raises ApiError when it has over ``limit`` bytes, does not arrive in time, or is not JSON."""
-    parts, size = [], 0
+class Worker:
+    """Works on bodies in threads, large ones in one of their own: they wait for each other, others not for them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._large = ThreadPoolExecutor(1, "large")
+
+    async def on_body(self, request: Request, work: Callable[[Any], T]) -> T:
+        """``work`` on the decoded body. Raises ApiError when the body is too large, late or no JSON, and what ``work``
+        raises."""
+        body = await _body(request, self._limits)
+        pool = self._large if len(body) > LARGE else None
+        return await asyncio.get_running_loop().run_in_executor(pool, lambda: work(_decoded(body)))
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    """The body; raises ApiError when it is too large or does not arrive in time."""
+    parts, size, seconds = [], 0, limits.receive_seconds
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             async for part in request.stream():
                 size += len(part)
-                if size > limit:
-                    raise ApiError(f"the body is larger than {limit} bytes", code="body_too_large", status=413)
+                if size > limits.body_bytes:
+                    what = f"the body is larger than {limits.body_bytes} bytes"
+                    raise ApiError(what, code="body_too_large", status=413)
                 parts.append(part)
     except TimeoutError as error:
-        raise ApiError(f"the body took more than {BODY_SECONDS:g} seconds to arrive", status=408) from error
+        raise ApiError(f"the body took more than {seconds:g} seconds to arrive", status=408) from error
     except ClientDisconnect as error:
         raise ClientGone from error
+    return b"".join(parts)
+
+
+def _decoded(body: bytes) -> Any:
+    """A body's JSON; raises ApiError."""
     try:
-        return json.loads(b"".join(parts).decode())
+        return json.loads(body.decode())
     except UnicodeDecodeError as error:
         raise ApiError(f"the body is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ from llmopt.runtime.chat import ChatTemplate
 from llmopt.runtime.tokenizer import Tokenizer
 from llmopt.serve.errors import ApiError
 from llmopt.serve.fields import Tool
+from llmopt.serve.limits import Limits
 from llmopt.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from llmopt.serve.tools import ToolFormat, detect_format
 
@@ -17,20 +18,27 @@ MAX_ID = 1 << 32
 
 
 def request_prompts(
-    request: GenerationRequest, tokenizer: Tokenizer, chat: ChatTemplate | None, form: ToolFormat | None = None
+    request: GenerationRequest,
+    tokenizer: Tokenizer,
+    chat: ChatTemplate | None,
+    form: ToolFormat | None,
+    limits: Limits,
 ) -> list[tuple[list[int], str]]:
     """Token ids of each prompt, and the text to echo before its answer.
 
     A conversation goes through the chat template, which writes the special tokens itself. ``form``: of the model's
-    tool calls, if not the one its template teaches. Raises ApiError when there is no template, a prompt is empty, or
-    one to echo holds an id no vocabulary has.
+    tool calls, if not the one its template teaches. Raises ApiError when there is no template, a prompt is empty, one
+    to echo holds an id no vocabulary has, or more choices are asked for than the limits allow.
     """
     if isinstance(request, ChatRequest):
+        limits.check_choices(request.choices)
         text = chat_prompt(request, chat, form or detect_format(None if chat is None else chat.source))
         return [(tokenizer.encode(text, special=False), "")]
     assert isinstance(request, CompletionRequest)
+    asked = request.prompts()
+    limits.check_choices(len(asked) * request.choices)
     prompts = []
-    for prompt in request.prompts():
+    for prompt in asked:
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if prompt == "" or not ids:
             raise ApiError("the prompt is empty", param="prompt")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from llmopt.runtime.params import GenerationParams
 from llmopt.runtime.protocol import SamplingParams
 from llmopt.serve.errors import ApiError
-from llmopt.serve.fields import MAX_TOOLS, Many, NamedTool, ResponseFormat, Strict, StructuredOutputs, Tool
+from llmopt.serve.fields import (
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_TOOLS,
+    Many,
+    NamedTool,
+    ResponseFormat,
+    Strict,
+    StructuredOutputs,
+    Tool,
+)
 from llmopt.serve.messages import Message
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -131,10 +141,13 @@ class GenerationRequest(Strict):
         )
 
 
+PROMPTS = Field(max_length=MAX_PROMPTS)
+
+
 class CompletionRequest(GenerationRequest):
     """/v1/completions."""
 
-    prompt: str | Many[str] | Many[int] | Many[Many[int]]
+    prompt: str | Annotated[Many[str], PROMPTS] | Many[int] | Annotated[Many[Many[int]], PROMPTS]
     logprobs: int | None = None
     echo: bool | None = None
 
@@ -167,7 +180,7 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
-    messages: Many[Message]
+    messages: Many[Message] = Field(max_length=MAX_MESSAGES)
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None

@@ -22,6 +22,7 @@ from llmopt.runtime.tokenizer import Tokenizer
 from llmopt.serve.answer import Model
 from llmopt.serve.app import Access, build_app
 from llmopt.serve.client import EngineClient
+from llmopt.serve.connection import timed_connections
 from llmopt.serve.engine_process import EngineOptions
 from llmopt.serve.health import Canary
 from llmopt.serve.limits import Limits
@@ -137,6 +138,8 @@ async def _serve(
             access_log=False,
             timeout_graceful_shutdown=options.drain_seconds,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            http=timed_connections(options.limits.receive_seconds),
+            ws="none",
         )
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -42,6 +42,7 @@ class Settings:
     max_choices: int = _setting(128, "Prompts times n of a request.", least=1)
     max_output_tokens: int | None = _setting(None, "New tokens of a choice (default: the context).", least=1)
     request_timeout: float | None = _setting(None, "Seconds from a request's arrival to its last token.", least=0.001)
+    receive_timeout: float = _setting(60.0, "Seconds for a request's head to arrive, then for its body.", least=0.001)
     drain_seconds: int = _setting(30, "How long a shutdown waits for running requests.", least=0)
     stuck_seconds: float = _setting(60.0, "Silence of the engine after which the server gives up.", least=0.001)
     tool_format: str | None = _setting(None, "How the model writes tool calls (default: its chat template's).")

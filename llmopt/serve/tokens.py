@@ -8,7 +8,7 @@ from pydantic import Field
 
 from llmopt.serve.answer import Model
 from llmopt.serve.errors import ApiError
-from llmopt.serve.fields import MAX_TOOLS, Many, Strict, Tool
+from llmopt.serve.fields import MAX_MESSAGES, MAX_TOOLS, Many, Strict, Tool
 from llmopt.serve.messages import Message
 from llmopt.serve.prompts import chat_prompt
 from llmopt.serve.requests import ChatRequest, parse_strictly
@@ -19,7 +19,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Many[Message] | None = None
+    messages: Many[Message] | None = Field(default=None, max_length=MAX_MESSAGES)
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True

@@ -72,15 +72,19 @@ def running(command, root):
         process.stderr.close()
 
 
+def fake_server(model, engine=None, **server):
+    """Command line of a server over a fake engine."""
+    arguments = [str(model), json.dumps(server), json.dumps(engine or {})]
+    return [sys.executable, "-m", "tests.serve.fake_server", *arguments]
+
+
 @pytest.fixture
 def start(root, embedded_model):
     """``start(engine options, **server options)`` → a running server over a fake engine."""
     with contextlib.ExitStack() as stack:
 
         def go(engine=None, **server):
-            arguments = [str(embedded_model), json.dumps(server), json.dumps(engine or {})]
-            command = [sys.executable, "-m", "tests.serve.fake_server", *arguments]
-            return stack.enter_context(running(command, root))
+            return stack.enter_context(running(fake_server(embedded_model, engine, **server), root))
 
         yield go
 
@@ -88,8 +92,7 @@ def start(root, embedded_model):
 @pytest.fixture(scope="module")
 def server(root, embedded_model):
     """One server for the tests that leave it as it was."""
-    command = [sys.executable, "-m", "tests.serve.fake_server", str(embedded_model), "{}", "{}"]
-    with running(command, root) as found:
+    with running(fake_server(embedded_model), root) as found:
         yield found
 
 
