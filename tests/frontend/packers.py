@@ -158,7 +158,7 @@ def write(plain: Path, quantized: Path, dequantized: Path, pack: Pack, config: d
     packed, values = dict(tensors), dict(tensors)
     for name, weight in tensors.items():
         stem = name.removesuffix(".weight")
-        if stem.endswith("_proj"):
+        if stem.endswith(("_proj", ".w1", ".w2", ".w3")):
             found, values[name] = pack(stem, weight)
             del packed[name]
             packed |= {stem + leaf: tensor for leaf, tensor in found.items()}

@@ -105,6 +105,7 @@ CASES = {
     "w4a16-zeros": packed_case(4, 32, symmetric=False),
     "w4a16-act-order": packed_case(4, 32, act=True),
     "w8a16-channel": packed_case(8, -1),
+    "w2a16": packed_case(2, 32, symmetric=False),
     "w8a8-int8": int8_case(True),
     "w8a8-int8-zeros": int8_case(False),
     "w8a8-fp8-channel": fp8_case(fp8_weights("channel"), ".weight_scale", lambda w: (1, w.shape[1])),

@@ -8,14 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from llmopt.errors import UnsupportedModelError
+from llmopt.frontend import capture, load_checkpoint
 from llmopt.frontend.quantized import awq, gptq, mxfp4, packing
 from llmopt.ir.module import Module
 from llmopt.ir.sites import EXPERTS_Q, LINEAR_Q
 from llmopt.ir.tolerance import row_error, tolerance
 from tests.architectures import make_checkpoint
 from tests.frontend import packers
-from tests.frontend.quantized import CASES, PERMUTED, make_pair, pair_of, plain_model
+from tests.frontend.quantized import (
+    CASES,
+    PERMUTED,
+    Case,
+    by_grid,
+    fp8_case,
+    gptq_case,
+    make_pair,
+    pair_of,
+    plain_model,
+)
 from tests.frontend.running import captured_logits
 
 LINEARS = 7
@@ -111,3 +124,46 @@ def test_a_wrong_reading_is_seen(reading: str, plain: Path, tmp_path: Path, monk
     assert pair.error() <= LIMIT
     spoil(monkeypatch)
     assert pair.error() > WRONG
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "w4a16-zeros", "w8a8-int8", "fp8-blocks"])
+def test_in_bfloat16_codes_and_values_agree_to_the_bit(name: str, plain: Path, tmp_path: Path) -> None:
+    """Scales stored in float16 become fp32, not bfloat16."""
+    checkpoint = load_checkpoint(make_pair(CASES[name], plain, tmp_path).path)
+    codes, values = (capture(checkpoint, torch.bfloat16, None, names).module for names in ((), ("*",)))
+    ids = torch.arange(3, 12)[None]
+    assert count(codes, LINEAR_Q) == LINEARS
+    assert torch.equal(captured_logits(codes, ids), captured_logits(values, ids))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("format", ["gptq", "awq", "fp8"])
+def test_experts_stored_one_by_one(name: str, format: str, tmp_path: Path) -> None:
+    """Each expert's matrices quantized by themselves become the codes of one op."""
+    case = {
+        "gptq": gptq_case(group=16),
+        "awq": Case(by_grid(packers.awq, 4, 16, False), {"quant_method": "awq", "bits": 4, "group_size": 16}),
+        "fp8": fp8_case(
+            {"quant_method": "fp8", "weight_block_size": [16, 16]}, ".weight_scale_inv", lambda w: (16, 16)
+        ),
+    }[format]
+    pair = make_pair(case, make_checkpoint(name, tmp_path / "plain"), tmp_path)
+    module = pair.module()
+    assert count(module, EXPERTS_Q) == 2
+    assert row_error(captured_logits(module, pair.ids), pair.expected) <= LIMIT
+
+
+def test_experts_quantized_in_part_are_refused(tmp_path: Path) -> None:
+    """One expert left out of the quantization: no silent fallback."""
+    plain = make_checkpoint("qwen3_moe", tmp_path / "plain")
+    whole = gptq_case(group=16)
+
+    def pack(stem: str, weight: Tensor) -> tuple[packers.Tensors, Tensor]:
+        return ({".weight": weight}, weight) if "experts.3.up_proj" in stem else whole.pack(stem, weight)
+
+    pair = make_pair(Case(pack, whole.config), plain, tmp_path)
+    with pytest.raises(UnsupportedModelError, match="quantized in different ways, or not at all"):
+        pair.module()
+    values = pair.module(dequantize=("*experts*",))
+    assert count(values, EXPERTS_Q) == 0
+    assert row_error(captured_logits(values, pair.ids), pair.expected) <= LIMIT

@@ -56,7 +56,8 @@ class Reader:
 def columns(packed: Stored, start: int, stop: int) -> Tensor:
     """Output features [start, stop) of words (R, N/8) as uint8 (stop - start, R)."""
     first = start // EACH
-    words = packed.tensor()[:, first : -(-stop // EACH)]
-    values = (words[..., None] >> (4 * torch.tensor(NIBBLES, dtype=torch.int32))) & 15
-    rows = values.to(torch.uint8).flatten(1).t()
-    return rows[start - first * EACH : stop - first * EACH].contiguous()
+    words = packed.tensor()[:, first : -(-stop // EACH)].t()
+    rows = torch.empty((len(words) * EACH, words.shape[1]), dtype=torch.uint8)
+    for feature, nibble in enumerate(NIBBLES):
+        rows[feature::EACH] = (words >> BITS * nibble & 15).to(torch.uint8)
+    return rows[start - first * EACH : stop - first * EACH]

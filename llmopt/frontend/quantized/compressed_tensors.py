@@ -79,7 +79,7 @@ def group_of(options: Options, outer: str) -> Group:
         raise CheckpointError("the group has no weights or no targets", where=options.where)
     format = options.one_of("format", FORMATS, outer)
     kind = weights.one_of("type", ("int", "float"), "int")
-    bits = weights.bits("num_bits", known=(8,) if kind == "float" or format != "pack-quantized" else (4, 8))
+    bits = weights.bits("num_bits", known=(8,) if kind == "float" or format != "pack-quantized" else (2, 4, 8))
     block = weights.any("block_structure", default=[128, 128])
     if not isinstance(block, list) or len(block) != 2 or not all(isinstance(b, int) and b > 0 for b in block):
         raise CheckpointError(f"block_structure is {block!r}, two integers are needed", where=weights.where)
@@ -131,7 +131,7 @@ def plain(layer: Layer, group: Group) -> Weight:
 
 
 def packed(layer: Layer, group: Group) -> Weight:
-    """Codes of 4 or 8 bits in int32 words along the input features."""
+    """Codes of 2, 4 or 8 bits in int32 words along the input features."""
     each = WORD // group.bits
     words = layer.get(".weight_packed", (torch.int32,))
     shape = layer.get(".weight_shape", (torch.int64, torch.int32), (2,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -71,14 +72,20 @@ class Scales(Weight):
 def unpack(words: Tensor, bits: int, axis: int, count: int) -> Tensor:
     """uint8 values packed into int32 ``words`` along ``axis``, lowest bits first, across the borders of words.
 
-    The first ``count`` values are returned.
+    The first ``count`` values are returned. No temporary is larger than ``words``.
     """
-    words = words.movedim(axis, -1).long() & 0xFFFFFFFF
-    first = torch.arange(count) * bits
-    word, shift = first // WORD, first % WORD
-    following = (word + 1).clamp(max=words.shape[-1] - 1)
-    values = (words[..., word] >> shift) | (words[..., following] << (WORD - shift))
-    return (values & ((1 << bits) - 1)).to(torch.uint8).movedim(-1, axis)
+    words = words.movedim(axis, -1)
+    period = WORD // gcd(WORD, bits)  # values until one starts at the start of a word again
+    step = period * bits // WORD
+    words = torch.nn.functional.pad(words, (0, -words.shape[-1] % step))
+    values = torch.empty((*words.shape[:-1], words.shape[-1] // step * period), dtype=torch.uint8)
+    for i in range(period):
+        word, shift = divmod(i * bits, WORD)
+        value = words[..., word::step] >> shift
+        if (left := WORD - shift) < bits:
+            value = value & ((1 << left) - 1) | words[..., word + 1 :: step] << left
+        values[..., i::period] = (value & ((1 << bits) - 1)).to(torch.uint8)
+    return values[..., :count].movedim(-1, axis)
 
 
 def words_for(count: int, bits: int) -> int:
