@@ -80,6 +80,9 @@ class Choice:
     def _wanted(self, module: Module, weights: set[str]) -> set[str]:
         names = {weight: checkpoint_names(weight, module.weights[weight]) for weight in sorted(weights)}
         everything = sorted({name for found in names.values() for name in found})
+        if not everything:
+            hint = "weights that are quantized already, and an LM head not asked for, are left out"
+            raise PassError("no layer is left to quantize", where=self.where, hint=hint)
         for pattern in (*self.include, *self.exclude):
             if not any(matches(name, (pattern,)) for name in everything):
                 hint = nearest(pattern, everything)

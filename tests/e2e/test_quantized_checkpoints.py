@@ -9,7 +9,7 @@ import pytest
 
 from llmopt.artifact import Artifact
 from llmopt.compiler import CompileOptions, compile_checkpoint
-from llmopt.errors import ConfigError, TargetError
+from llmopt.errors import ConfigError, PassError, TargetError
 from llmopt.recipe import parse_recipe
 from llmopt.runtime.executors import load_executor
 from llmopt.target import LoadOptions
@@ -105,3 +105,20 @@ def test_one_layer_dequantized(plain: Path, tmp_path: Path) -> None:
     artifact = build(pair, "onnxruntime", more="dequantize: ['*.down_proj']")
     assert ops(artifact).count("llmopt.linear_q") == 3
     assert error(artifact, pair) <= TOLERANCE
+
+
+def test_codes_are_not_rounded_again(plain: Path, tmp_path: Path) -> None:
+    pair = make_pair(CASES["awq"], plain, tmp_path)
+    recipe = parse_recipe("{target: reference, passes: [fuse_qkv, quantize_weights]}")
+    with pytest.raises(PassError, match="no layer is left to quantize"):
+        compile_checkpoint(pair.path, recipe, tmp_path / "out")
+
+
+def test_activations_are_rounded_by_the_recipe(plain: Path, tmp_path: Path) -> None:
+    """W8A8: quantize_activations finds the linears over stored codes; its error is that of 8 bits."""
+    pair = make_pair(CASES["w8a8-int8"], plain, tmp_path)
+    output = tmp_path / "artifact"
+    text = RECIPE.format(target="reference", dtype="float32", more="", layers=1)
+    rounded = text.replace("  - rewrite_kv_cache", "  - quantize_activations: {expect: 4}\n  - rewrite_kv_cache")
+    compile_checkpoint(pair.path, parse_recipe(rounded), output)
+    assert 1e-4 < error(Artifact.open(output), pair) < 0.05
