@@ -1,8 +1,9 @@
 """Quantized weights as the cuda kernels read them, and back.
 
-int4: two codes a byte, (N, K / 2). Columns go in chunks; byte i of a chunk holds column i below column i + half of the
-chunk, so that the low nibbles of a load are half a chunk of consecutive columns and the high ones the other half: both
-meet x as it lies, and no register moves. int8: the code less 128, as the byte of an int8 (N, K). Scales and zeros are
+Columns go in chunks, a chunk in parts of consecutive columns. Element i of a chunk holds column i of each part, the
+first part in its low bits, so that the same bits of a load's elements are a run of columns, that meets x as it lies.
+int4, (N, K / 2) bytes: halfwords of four parts, of chunks of 32 bytes of two. int8, (N, K) bytes, the code less 128:
+halfwords of two parts, single bytes where no chunk divides K. Halfwords are little-endian. Scales and zeros are
 transposed, (K / group, N), so that a tile of outputs reads its scales of a group in one piece.
 """
 
@@ -28,31 +29,46 @@ CHUNKS = (128, 64, 32)
 
 def chunk_of(bits: int, group: int, k: int) -> int:
     """Columns of a chunk: what a kernel multiplies at a time. Raises ValueError when none of CHUNKS fits."""
+    for chunk in CHUNKS:
+        if group % chunk == 0 == k % chunk:
+            return chunk
     if group >= k and bits == 8:
         return CHUNKS[0]  # what is past K is masked
-    for chunk in CHUNKS:
-        if group % chunk == 0 and (bits == 8 or k % chunk == 0):
-            return chunk
     raise ValueError(f"groups of {group} of {k} columns are no multiple of {CHUNKS[-1]}")
+
+
+def parts_of(bits: int, chunk: int, k: int) -> int:
+    """Parts of a chunk, whose codes share an element; one of at least 16 columns, the depth of a product."""
+    if bits == 4:
+        return 4 if chunk >= 64 else 2
+    return 2 if k % chunk == 0 else 1
 
 
 def pack_codes(codes: Array, bits: int, chunk: int) -> Array:
     """Codes (n, K) uint8 of some rows as stored: (n, K / 2) or (n, K) uint8."""
-    if bits == 8:
-        return codes ^ np.uint8(128)
     n, k = codes.shape
-    halves = codes.reshape(n, k // chunk, 2, chunk // 2)
-    joined: Array = halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)
-    return joined.reshape(n, k // 2)
+    parts = parts_of(bits, chunk, k)
+    if bits == 8:
+        codes = codes ^ np.uint8(128)
+    if parts == 1:
+        return codes
+    pieces = codes.reshape(n, k // chunk, parts, chunk // parts)
+    element = np.dtype(f"<u{bits * parts // 8}")
+    joined = np.zeros((n, k // chunk, chunk // parts), element)
+    for part in range(parts):
+        joined |= pieces[:, :, part].astype(element) << element.type(bits * part)
+    return joined.reshape(n, k // parts).view(np.uint8)
 
 
 def unpack_codes(packed: Array, bits: int, chunk: int) -> Array:
     """Inverse of pack_codes."""
-    if bits == 8:
+    n, k = len(packed), packed.shape[1] * 8 // bits
+    if (parts := parts_of(bits, chunk, k)) == 1:
         return packed ^ np.uint8(128)
-    n, half = packed.shape
-    chunks = packed.reshape(n, 2 * half // chunk, 1, chunk // 2)
-    return np.concatenate((chunks & 15, chunks >> 4), axis=2).reshape(n, 2 * half)
+    elements = np.ascontiguousarray(packed).view(f"<u{bits * parts // 8}").reshape(n, -1, 1, chunk // parts)
+    pieces = [elements >> elements.dtype.type(bits * part) & (1 << bits) - 1 for part in range(parts)]
+    codes: Array = np.concatenate(pieces, axis=2).reshape(n, k).astype(np.uint8)
+    return codes ^ np.uint8(128) if bits == 8 else codes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Codes of quantized weights as numbers the tensor cores multiply: exact integers, scaled after the product."""
+"""Codes of quantized weights as numbers the tensor cores multiply: exact integers, scaled after the product.
+
+A code under the exponent of 128 (bfloat16) or 1024 (float16) is that number plus the code: bit operations on two codes
+at a time and one packed addition take the place of conversions. Triton's interpreter runs the plain form beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,56 +13,103 @@ import triton.language as tl
 
 from ._common import INTERPRETED
 
+FLOATS = {
+    "bf16": ("0x43004300", "0x3f803f80", "0xc308c308", "fma.rn.bf16x2"),
+    "fp16": ("0x64006400", "0x3c003c00", "0xe408e408", "fma.rn.f16x2"),
+}
+"""Exponent, one and the negative of exponent + 8, twice each; multiplication with addition, which sm_80 has too."""
 
-def nibbles_asm(shift: int, type_: str) -> Any:
-    """PTX that turns four bytes into their low (shift 0) or high (4) nibbles less 8, as four 2-byte floats.
 
-    A nibble under a byte of exponent is the number 128 + n (bfloat16) or 1024 + n (float16): byte permutations, no
-    integer conversion; one packed subtraction takes the 128 + 8 off again.
-    """
-    exponent, one, bias, op = {
-        "bf16": ("0x43434343", "0x3f803f80", "0xc308c308", "fma.rn.bf16x2"),
-        "fp16": ("0x64646464", "0x3c003c00", "0xe408e408", "fma.rn.f16x2"),
-    }[type_]
+def nibbles_of_halfwords(part: int, type_: str) -> Any:
+    """PTX that turns two halfwords into their nibbles number ``part``, less 8."""
+    exponent, one, bias, fma = FLOATS[type_]
     return tl.constexpr(
-        "{ .reg .b32 t, e, o, b;\n"
-        f"shr.u32 t, $2, {shift};\nand.b32 t, t, 0x0f0f0f0f;\n"
-        f"mov.b32 e, {exponent};\nmov.b32 o, {one};\nmov.b32 b, {bias};\n"
-        "prmt.b32 $0, t, e, 0x4140;\nprmt.b32 $1, t, e, 0x4342;\n"
-        f"{op} $0, $0, o, b;\n{op} $1, $1, o, b; }}"
+        "{ .reg .b32 t, o, b;\n"
+        f"shr.u32 t, $1, {4 * part};\nlop3.b32 t, t, 0x000f000f, {exponent}, 0xea;\n"
+        f"mov.b32 o, {one};\nmov.b32 b, {bias};\n{fma} $0, t, o, b; }}"
     )
 
 
-LOW_BF16, HIGH_BF16 = nibbles_asm(0, "bf16"), nibbles_asm(4, "bf16")
-LOW_FP16, HIGH_FP16 = nibbles_asm(0, "fp16"), nibbles_asm(4, "fp16")
+def nibbles_of_bytes(part: int, type_: str) -> Any:
+    """PTX that turns four bytes into their nibbles number ``part``, less 8."""
+    exponent, one, bias, fma = FLOATS[type_]
+    return tl.constexpr(
+        "{ .reg .b32 t, e, o, b;\n"
+        f"shr.u32 t, $2, {4 * part};\nand.b32 t, t, 0x0f0f0f0f;\n"
+        f"mov.b32 e, {exponent};\nmov.b32 o, {one};\nmov.b32 b, {bias};\n"
+        f"prmt.b32 $0, t, e, 0x5150;\nprmt.b32 $1, t, e, 0x5352;\n"
+        f"{fma} $0, $0, o, b;\n{fma} $1, $1, o, b; }}"
+    )
+
+
+def bytes_of_halfwords(part: int, type_: str) -> Any:
+    """PTX that turns two halfwords into their bytes number ``part`` as int8: see ``signed_bytes_as``."""
+    return tl.constexpr(
+        f"{{ .reg .b32 t, u, o;\nmov.b32 o, {FLOATS[type_][1]};\nshr.u32 t, $1, {8 * part};\n"
+        f"and.b32 t, t, 0x00ff00ff;\n{signed('$0', type_)} }}"
+    )
+
+
+def signed(out: str, type_: str) -> str:
+    """PTX from two bytes in the halves of ``t`` to numbers in ``out``."""
+    exponent, _, _, fma = FLOATS[type_]
+    if type_ == "bf16":
+        split = f"lop3.b32 u, t, 0x007f007f, {exponent}, 0xea;\nlop3.b32 t, t, 0x00800080, 0xc300c300, 0xea;"
+    else:
+        split = "xor.b32 u, t, 0x64806480;\nmov.b32 t, 0xe480e480;"
+    return f"{split}\n{fma} {out}, u, o, t;"
+
+
+def signed_bytes_as(type_: str) -> Any:
+    """PTX that turns four int8 into numbers. Seven bits fit bfloat16's mantissa: of a byte with the upper bit set, 256
+    is subtracted, of others 128; float16's takes all eight."""
+    first, second = signed("$0", type_), signed("$1", type_)
+    return tl.constexpr(
+        f"{{ .reg .b32 t, u, z, o;\nmov.b32 z, 0;\nmov.b32 o, {FLOATS[type_][1]};\n"
+        f"prmt.b32 t, $2, z, 0x4140;\n{first}\nprmt.b32 t, $2, z, 0x4342;\n{second} }}"
+    )
+
+
+HALFWORDS_BF16 = tl.constexpr(tuple(nibbles_of_halfwords(part, "bf16") for part in range(4)))
+HALFWORDS_FP16 = tl.constexpr(tuple(nibbles_of_halfwords(part, "fp16") for part in range(4)))
+BYTES_BF16 = tl.constexpr(tuple(nibbles_of_bytes(part, "bf16") for part in range(2)))
+BYTES_FP16 = tl.constexpr(tuple(nibbles_of_bytes(part, "fp16") for part in range(2)))
+PAIRS_BF16 = tl.constexpr(tuple(bytes_of_halfwords(part, "bf16") for part in range(2)))
+PAIRS_FP16 = tl.constexpr(tuple(bytes_of_halfwords(part, "fp16") for part in range(2)))
+SIGNED_BF16, SIGNED_FP16 = signed_bytes_as("bf16"), signed_bytes_as("fp16")
 
 
 @triton.jit
-def low_nibbles(b, DTYPE: tl.constexpr):
-    """Low nibbles of uint8 ``b``, less 8."""
+def nibbles(b, PART: tl.constexpr, DTYPE: tl.constexpr):
+    """Nibbles number PART, counted from the low end, of int16 or uint8 ``b``, less 8."""
     if INTERPRETED:
-        found = ((b & 15).to(tl.float32) - 8).to(DTYPE)
-    elif DTYPE == tl.bfloat16:
-        found = tl.inline_asm_elementwise(LOW_BF16, "=r,=r,r", [b], tl.bfloat16, True, 4)
+        found = (((b >> (4 * PART)) & 15).to(tl.float32) - 8).to(DTYPE)
+    elif b.dtype == tl.int16:
+        if DTYPE == tl.bfloat16:
+            found = tl.inline_asm_elementwise(HALFWORDS_BF16[PART], "=r,r", [b], tl.bfloat16, True, 2)
+        else:
+            found = tl.inline_asm_elementwise(HALFWORDS_FP16[PART], "=r,r", [b], tl.float16, True, 2)
     else:
-        found = tl.inline_asm_elementwise(LOW_FP16, "=r,=r,r", [b], tl.float16, True, 4)
+        if DTYPE == tl.bfloat16:
+            found = tl.inline_asm_elementwise(BYTES_BF16[PART], "=r,=r,r", [b], tl.bfloat16, True, 4)
+        else:
+            found = tl.inline_asm_elementwise(BYTES_FP16[PART], "=r,=r,r", [b], tl.float16, True, 4)
     return found
 
 
 @triton.jit
-def high_nibbles(b, DTYPE: tl.constexpr):
-    """High nibbles of uint8 ``b``, less 8."""
+def signed_bytes(b, PART: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes number PART, counted from the low end, of int16 or uint8 ``b``, as int8."""
     if INTERPRETED:
-        found = ((b >> 4).to(tl.float32) - 8).to(DTYPE)
-    elif DTYPE == tl.bfloat16:
-        found = tl.inline_asm_elementwise(HIGH_BF16, "=r,=r,r", [b], tl.bfloat16, True, 4)
+        found = (b >> (8 * PART)).to(tl.int8).to(tl.float32).to(DTYPE)
+    elif b.dtype == tl.int16:
+        if DTYPE == tl.bfloat16:
+            found = tl.inline_asm_elementwise(PAIRS_BF16[PART], "=r,r", [b], tl.bfloat16, True, 2)
+        else:
+            found = tl.inline_asm_elementwise(PAIRS_FP16[PART], "=r,r", [b], tl.float16, True, 2)
     else:
-        found = tl.inline_asm_elementwise(HIGH_FP16, "=r,=r,r", [b], tl.float16, True, 4)
+        if DTYPE == tl.bfloat16:
+            found = tl.inline_asm_elementwise(SIGNED_BF16, "=r,=r,r", [b], tl.bfloat16, True, 4)
+        else:
+            found = tl.inline_asm_elementwise(SIGNED_FP16, "=r,=r,r", [b], tl.float16, True, 4)
     return found
-
-
-@triton.jit
-def signed_bytes(b, DTYPE: tl.constexpr):
-    """uint8 ``b`` read as int8."""
-    b = b.to(tl.int8, bitcast=True)
-    return b.to(tl.float32).to(DTYPE) if INTERPRETED else b.to(DTYPE)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
 import triton.language as tl
 
 from ..fusion import ABSENT, LINEAR_Q, QUANTIZED
-from ..kernel import CallSite, Scratch, Selection
-from ..pack import chunk_of
+from ..kernel import CallSite, Scratch, Selection, Strided
+from ..pack import chunk_of, parts_of
 from ..tuning import find_linear, linear_form, quantized_form
 from ._common import ACTIVATIONS, SM_COUNT, cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, prefetch
-from ._dequantize import high_nibbles, low_nibbles, signed_bytes
+from ._dequantize import nibbles, signed_bytes
 from ._linear import flattened
 from .gemm import FLOPS, finish
 
@@ -44,15 +44,18 @@ def gemm_q(
     PART: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
     EVEN: tl.constexpr = K % (SPLIT * BK) == 0
     first = tl.program_id(2) * PART
-    BYTES: tl.constexpr = BK * BITS // 8
-    h = tl.arange(0, BYTES)[None, :]
-    c_at = codes + row.to(tl.int64)[:, None] * (K * BITS // 8) + h
-    UPS: tl.constexpr = COLUMNS * (K * BITS // 8)
+    PARTS: tl.constexpr = codes.dtype.element_ty.primitive_bitwidth // BITS
+    WIDE: tl.constexpr = BK // PARTS
+    ROW: tl.constexpr = K // PARTS
+    UPS: tl.constexpr = COLUMNS * ROW
+    h = tl.arange(0, WIDE)[None, :]
+    c_at = codes + row.to(tl.int64)[:, None] * ROW + h
     x_at = x + tl.where(m < M, m, 0).to(tl.int64)[:, None] * X_ROW + h
     if AHEAD > 0:
-        line = first * BITS // 8 + tl.arange(0, AHEAD // 128)[None, :] * 128
-        ok = (n < COLUMNS)[:, None] & (line < K * BITS // 8)
-        ahead = codes + row.to(tl.int64)[:, None] * (K * BITS // 8) + line
+        LINE: tl.constexpr = 128 * 8 // (BITS * PARTS)
+        line = first // PARTS + tl.arange(0, AHEAD // 128)[None, :] * LINE
+        ok = (n < COLUMNS)[:, None] & (line < ROW)
+        ahead = codes + row.to(tl.int64)[:, None] * ROW + line
         prefetch(ahead, ok, PDL)
         if KIND is not None:
             prefetch(ahead + UPS, ok, PDL)
@@ -60,43 +63,43 @@ def gemm_q(
     pdl_wait(PDL)
     acc = tl.zeros((WIDTH, BM), tl.float32)
     up = acc
-    square = 0.0
+    squares_of = tl.zeros((BM, WIDE), tl.float32)
     for start in range(first, first + PART, BK):
-        if EVEN:
-            b = tl.load(c_at + start * BITS // 8)
-            low = tl.load(x_at + start)
-        else:
-            b = tl.load(c_at + start * BITS // 8, mask=start + h < K, other=0)
-            low = tl.load(x_at + start, mask=start + h < K, other=0.0)
-        high = low
-        if BITS == 4:
-            if EVEN:
-                high = tl.load(x_at + start + BYTES)
-            else:
-                high = tl.load(x_at + start + BYTES, mask=start + BYTES + h < K, other=0.0)
-        if norm is not None:
-            square += squared(low)
-            low = scaled(low, norm, start + h, K, offset)
-            if BITS == 4:
-                square += squared(high)
-                high = scaled(high, norm, start + BYTES + h, K, offset)
-        sums = 0.0
-        if zeros is not None:
-            sums = tl.sum(low.to(tl.float32), 1)
-            if BITS == 4:
-                sums += tl.sum(high.to(tl.float32), 1)
-        group = tl.minimum(start, K - 1) // GROUP * N
-        acc = add_chunk(acc, b, low, high, sums, scales, zeros, group + row, BITS, GROUP == K)
+        live = start // PARTS + h < ROW
+        b = tl.load(c_at + start // PARTS) if EVEN else tl.load(c_at + start // PARTS, mask=live, other=0)
+        u = b
         if KIND is not None:
             if EVEN:
-                b = tl.load(c_at + UPS + start * BITS // 8)
+                u = tl.load(c_at + UPS + start // PARTS)
             else:
-                b = tl.load(c_at + UPS + start * BITS // 8, mask=start + h < K, other=0)
-            up = add_chunk(up, b, low, high, sums, scales, zeros, group + COLUMNS + row, BITS, GROUP == K)
+                u = tl.load(c_at + UPS + start // PARTS, mask=live, other=0)
+        group = tl.minimum(start, K - 1) // GROUP * N
+        part = acc if GROUP == K else tl.zeros((WIDTH, BM), tl.float32)
+        sums = tl.zeros((BM, WIDE), tl.float32)
+        for i in tl.static_range(PARTS):
+            k = start + i * WIDE
+            a = tl.load(x_at + k) if EVEN else tl.load(x_at + k, mask=k + h < K, other=0.0)
+            if norm is not None:
+                squares_of += a.to(tl.float32) * a.to(tl.float32)
+                a = scaled(a, norm, k + h, K, offset)
+            if zeros is not None:
+                sums += a.to(tl.float32)
+            part = tl.dot(numbers(b, i, BITS, a.dtype), tl.trans(a), part)
+        acc = add_group(acc, part, sums, scales, zeros, group + row, BITS, GROUP == K)
+        if KIND is not None:
+            part = up if GROUP == K else tl.zeros((WIDTH, BM), tl.float32)
+            for i in tl.static_range(PARTS):
+                k = start + i * WIDE
+                a = tl.load(x_at + k) if EVEN else tl.load(x_at + k, mask=k + h < K, other=0.0)
+                if norm is not None:
+                    a = scaled(a, norm, k + h, K, offset)
+                part = tl.dot(numbers(u, i, BITS, a.dtype), tl.trans(a), part)
+            up = add_group(up, part, sums, scales, zeros, group + COLUMNS + row, BITS, GROUP == K)
     if GROUP == K:
         acc *= tl.load(scales + row).to(tl.float32)[:, None]
         if KIND is not None:
             up *= tl.load(scales + COLUMNS + row).to(tl.float32)[:, None]
+    square = tl.sum(tl.sum(squares_of, 1), 0) / BM  # the tile's rows repeat the only one
     total = tl.trans(acc)
     more = tl.trans(up)
     if SPLIT > 1:
@@ -138,13 +141,6 @@ def gemm_q(
 
 
 @triton.jit
-def squared(a):
-    """Sum of squares of the first row of a tile, whose other rows repeat it."""
-    a = a.to(tl.float32)
-    return tl.sum(tl.sum(a * a, 1), 0) / a.shape[0]
-
-
-@triton.jit
 def scaled(a, norm, k, K: tl.constexpr, offset: tl.constexpr):
     """A tile of x times the norm's weights."""
     s = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32) + offset
@@ -152,20 +148,21 @@ def scaled(a, norm, k, K: tl.constexpr, offset: tl.constexpr):
 
 
 @triton.jit
-def add_chunk(acc, b, low, high, sums, scales, zeros, at, BITS: tl.constexpr, WHOLE: tl.constexpr):
-    """The product of a chunk of weights (WIDTH, bytes) and x (BM, ...), scaled and added to acc (WIDTH, BM).
+def numbers(b, PART: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """The codes of a part, less 8 or 128."""
+    return signed_bytes(b, PART, DTYPE) if BITS == 8 else nibbles(b, PART, DTYPE)
 
-    ``at``: where each weight row's scale and zero lie; with WHOLE one scale serves all of K and is left to the caller.
+
+@triton.jit
+def add_group(acc, part, sums, scales, zeros, at, BITS: tl.constexpr, WHOLE: tl.constexpr):
+    """A chunk's product with its zero points taken off, scaled and added to acc (WIDTH, BM).
+
+    ``at``: where each weight row's scale and zero lie. WHOLE: one scale serves all of K and is left to the caller, and
+    ``part`` is the sum so far.
     """
-    part = acc if WHOLE else tl.zeros(acc.shape, tl.float32)
-    if BITS == 4:
-        part = tl.dot(low_nibbles(b, low.dtype), tl.trans(low), part)
-        part = tl.dot(high_nibbles(b, low.dtype), tl.trans(high), part)
-    else:
-        part = tl.dot(signed_bytes(b, low.dtype), tl.trans(low), part)
     if zeros is not None:
         z = tl.load(zeros + at).to(tl.float32)
-        part += ((1 << (BITS - 1)) - z)[:, None] * sums[None, :]
+        part += ((1 << (BITS - 1)) - z)[:, None] * tl.sum(sums, 1)[None, :]
     return part if WHOLE else acc + part * tl.load(scales + at).to(tl.float32)[:, None]
 
 
@@ -180,6 +177,12 @@ def shape_tiles(m: int, n: int, k: int, bits: int, gated: bool, arch: int) -> di
     while c["SPLIT"] * 2 <= min(8, most) and programs * c["SPLIT"] * 2 <= fill:
         c["SPLIT"] *= 2
     return c
+
+
+def as_loaded(codes: Strided, wide: bool) -> Strided:
+    """Packed codes as the elements that the kernel loads: halfwords or bytes."""
+    n, width = codes.shape
+    return replace(codes, dtype="int16", shape=(n, width // 2), strides=(width // 2, 1)) if wide else codes
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,9 @@ class GemmQ:
         bk = chunk_of(bits, group, k)
         c["BM"], c["SPLIT"] = min(c["BM"], max(16, pow2(m))), min(c["SPLIT"], cdiv(k, bk))
         tiles, split = cdiv(out.shape[1], c["BN"] // (1 if gate is None else 2)) * cdiv(m, c["BM"]), c["SPLIT"]
+        stored = as_loaded(codes, parts_of(bits, bk, k) * bits == 16)
         tensors = {
-            "x": x, "codes": codes, "scales": v["scales"], "zeros": v["zeros"], "bias": v["bias"], "norm": v["norm"],
+            "x": x, "codes": stored, "scales": v["scales"], "zeros": v["zeros"], "bias": v["bias"], "norm": v["norm"],
             "residual": residual, "out": out, "M": m,
             "partial": Scratch("partial", 4 * tiles * split * c["BM"] * c["BN"]) if split > 1 else None,
             "squares": Scratch("squares", 4 * tiles * split) if split > 1 and v["norm"] is not None else None,

@@ -37,7 +37,9 @@ TEXTS = {
 }
 
 
-@given(st.sampled_from([(4, 32), (4, 64), (4, 128), (8, 128)]), st.integers(1, 4), st.integers(1, 5), st.data())
+@given(
+    st.sampled_from([(4, 32), (4, 64), (4, 128), (8, 32), (8, 128)]), st.integers(1, 4), st.integers(1, 5), st.data()
+)
 def test_unpacking_gives_the_codes_again(form: tuple[int, int], chunks: int, n: int, data: st.DataObject) -> None:
     bits, chunk = form
     random = np.random.default_rng(data.draw(st.integers(0, 99)))
@@ -48,12 +50,14 @@ def test_unpacking_gives_the_codes_again(form: tuple[int, int], chunks: int, n: 
 
 
 def test_the_packing_is_the_documented_one() -> None:
-    codes = np.arange(64, dtype=np.uint8)[None] % 16
-    assert pack_codes(codes, 4, 32)[0, :3].tolist() == [0 | 0 << 4, 1 | 1 << 4, 2 | 2 << 4]
-    codes[0, 16 + 1] = 7
-    assert pack_codes(codes, 4, 32)[0, 1] == 1 | 7 << 4
+    codes = np.zeros((1, 64), np.uint8)
+    codes[0, [1, 17, 33, 49]] = 5, 6, 7, 8
+    assert pack_codes(codes, 4, 64).view("<u2")[0, :3].tolist() == [0, 0x8765, 0]
+    assert pack_codes(codes, 4, 32)[0, [1, 17]].tolist() == [0x65, 0x87]
     assert not np.array_equal(unpack_codes(pack_codes(codes, 4, 64), 4, 32), codes)
-    assert pack_codes(np.uint8([[0, 128, 255]]), 8, 128).view(np.int8).tolist() == [[-128, 0, 127]]
+    assert pack_codes(np.array([[0, 128, 255]], np.uint8), 8, 128).view(np.int8).tolist() == [[-128, 0, 127]]
+    codes[0, [1, 33]] = 128 + 1, 128 + 2
+    assert pack_codes(codes, 8, 64).view("<u2")[0, :2].tolist() == [0x8080, 0x0201]
 
 
 @pytest.mark.parametrize("max_bytes", [1, 40, 1 << 20])

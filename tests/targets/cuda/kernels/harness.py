@@ -126,7 +126,8 @@ def execute(launch: KernelLaunch, memory: Memory) -> None:
     arguments: dict[str, Any] = dict(spec.constexprs)
     for (name, type_), arg in zip(spec.signature, launch.args, strict=True):
         if isinstance(arg, Strided):
-            arguments[name] = memory.flat[arg.buffer][GUARD + arg.offset :]
+            lies = memory.flat[arg.buffer][GUARD:]
+            arguments[name] = lies.view(getattr(torch, arg.dtype))[arg.offset :]
         elif isinstance(arg, Scratch):
             arguments[name] = memory.scratch(arg).view(TYPES[type_])
         elif isinstance(arg, TmaOperand):
