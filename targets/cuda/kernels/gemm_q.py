@@ -168,8 +168,8 @@ def add_group(acc, part, sums, scales, zeros, at, BITS: tl.constexpr, WHOLE: tl.
 
 def shape_tiles(m: int, n: int, k: int, bits: int, gated: bool, arch: int) -> dict[str, Any]:
     """Tile sizes and split for a shape nobody measured: programs to fill the GPU four times, unless what the parts of
-    K leave and take up again were more bytes than the weight."""
-    bm = max(16, min(128, pow2(m)))
+    K leave and take up again were more bytes than the weight. 128 gated rows spill 8 bytes on sm_80: 64 there."""
+    bm = max(16, min(128 if arch >= 90 else 64, pow2(m)))
     c: dict[str, Any] = {"BM": bm, "BN": 128 if gated or bm > 32 else 64, "SPLIT": 1, "AHEAD": 256 if bm <= 64 else 0}
     c |= {"warps": 8 if bm > 64 else 4, "stages": 4 if arch >= 90 and bm <= 64 else 3}
     programs, fill = cdiv(n, c["BN"]) * cdiv(m, bm), 4 * SM_COUNT.get(arch, 108)

@@ -29,10 +29,14 @@ def no_compiler(jobs: Iterable[Job], *_: Any) -> dict[Job, Compiled]:
     return found
 
 
-def compile_without_compiler(checkpoint: Path, folder: Path, weights: WeightsPlan) -> Path:
-    """The artifact of bf16-cuda with small buckets, for sm_80 and sm_90."""
-    text = load_recipe("bf16-cuda").text.replace("target_options: {}", f"target_options: {SMALL}")
+def compile_without_compiler(
+    checkpoint: Path, folder: Path, weights: WeightsPlan, text: str | None = None, max_context: int = 64
+) -> Path:
+    """The artifact of bf16-cuda, or another recipe's ``text``, with small buckets, for sm_80 and sm_90."""
+    text = (text or load_recipe("bf16-cuda").text).replace("target_options: {}", f"target_options: {SMALL}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "compile_all", no_compiler)
-        compile_checkpoint(checkpoint, parse_recipe(text), folder, CompileOptions(max_context=64, weights=weights))
+        compile_checkpoint(
+            checkpoint, parse_recipe(text), folder, CompileOptions(max_context=max_context, weights=weights)
+        )
     return folder

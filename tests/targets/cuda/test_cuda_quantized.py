@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmopt.artifact import Artifact, WeightsPlan
 from llmopt.errors import TargetError
 from llmopt.ir.weights import Constant
-from llmopt.launch import LaunchPlan
+from llmopt.launch import LaunchPlan, plan_file
 from llmopt.lower.readers import Reader
 from llmopt.program import Function, OpCall, Ref, TensorType, WeightType
 from llmopt.recipe import load_recipe
@@ -22,11 +25,14 @@ from targets.cuda.kernels._common import SM_COUNT
 from targets.cuda.options import CudaOptions
 from targets.cuda.pack import CodesLayout, Packed, TableLayout, pack_codes, stored, unpack_codes
 from targets.cuda.select import discover
+from tests.targets.cuda.fake_builds import compile_without_compiler
 from tests.targets.cuda.models import Model, interpreted, model, reference
 from tests.targets.cuda.test_cuda_architectures import logits
 from tests.targets.cuda.test_cuda_plan import TOLERANCE
 from tests.targets.models import worst
 
+EMBEDDED = Path(__file__).parents[3] / "models" / "classics-2m"
+EMBEDDING = "model.embed_tokens.weight"
 OPTIONS = CudaOptions(decode_buckets=(1, 4), extend_buckets=(16,), extend_sequences=(4,))
 INT4 = load_recipe("int4-cuda").text.replace("group_size: 128", "group_size: 32")
 TEXTS = {
@@ -100,6 +106,24 @@ def test_a_plan_keeps_the_types_of_packed_weights() -> None:
     assert LaunchPlan.from_json(plan.to_json()).stored(found.program) == program
     assert any(name.endswith(".codes") for name in plan.packed)
     assert not any("lm_head" in name or "embed" in name for name in plan.packed)
+
+
+@pytest.mark.parametrize("kind", ["embedded", "random"])
+@pytest.mark.parametrize(("recipe", "ratio"), [("int4-cuda", 4), ("int8-cuda", 2)])
+def test_the_recipes_compile_the_embedded_model(recipe: str, ratio: int, kind: Any, tmp_path: Path) -> None:
+    text = load_recipe(recipe).text.replace("group_size: 128", "group_size: 64")  # 128 does not divide its 192
+    made = compile_without_compiler(EMBEDDED, tmp_path / "made", WeightsPlan(kind, 7), text)
+    artifact = Artifact.open(made)
+    plan, store = (LaunchPlan.from_json(artifact.file(plan_file(90)).read_text()), artifact.weight_store())
+    for name, weight in plan.stored(artifact.program).weights.items():
+        found = store.get(name)
+        assert (store.dtype(name), found.shape) == (weight.type.dtype, weight.type.shape), name
+        if name.endswith(".codes"):
+            assert found.nbytes * ratio == 2 * prod(artifact.program.weights[name].type.shape)  # type: ignore[arg-type]
+    assert store.dtype("lm_head.weight" if "lm_head.weight" in store.names() else EMBEDDING) == "bfloat16"
+    choices = artifact.manifest.notes["choices"]["sm_90"]["decode 1x1"]["cuda.linear_q"]
+    assert {choice["kernel"] for choice in choices} == {"gemm_q"}
+    assert all(choice["reason"].startswith(recipe[:4]) and "modelled" in choice["reason"] for choice in choices)
 
 
 def worst_logits(found: Model, scheme: str) -> float:
