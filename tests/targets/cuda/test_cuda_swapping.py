@@ -37,5 +37,5 @@ def test_a_swapped_state_goes_on_where_it_was() -> None:
     found.collect(found.submit(StepBatch((), ops=(StateOp("swap_out", "paged", np.array([1]), none, key=7),))))
     prefill(found, 3, OTHER, 1)
     stays = next_logits(found, 0, 0)
-    assert np.array_equal(next_logits(found, 1, 5, StateOp("swap_in", "paged", none, np.array([5]), key=7)), stays)
+    assert np.array_equal(next_logits(found, 1, 3, StateOp("swap_in", "paged", none, np.array([3]), key=7)), stays)
     assert not np.array_equal(next_logits(found, 2, 1), stays)
