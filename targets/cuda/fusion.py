@@ -124,13 +124,15 @@ def joined(graph: Graph, at: int) -> str:
 
 
 def norm_into_linears(graph: Graph, at: int, call: OpCall) -> None:
-    """An RMSNorm that only linears read goes into each of them."""
+    """An RMSNorm that only linears read goes into each of them; not into quantized ones of float16, whose inputs could
+    overflow before they are divided by their root mean square."""
     if call.op != NORM or call.args["weight"] is None or not graph.two_bytes(call.outputs[0]):
         return
     (normed,) = call.outputs
     readers = graph.readers.get(normed, [])
+    quantized = (QUANTIZED, LINEAR_Q) if graph.function.types[normed].dtype == "bfloat16" else ()
     joins = all(
-        graph.calls[i].op in JOINED
+        graph.calls[i].op in (PLAIN_LINEAR, LINEAR, *quantized)
         and graph.calls[i].args[INPUTS[graph.calls[i].op]] == Ref(normed)
         and graph.calls[i].args.get("norm") is None
         for i in readers

@@ -207,6 +207,8 @@ class GemmQ:
         (m, k), n, group = x.shape, codes.shape[0], v["block_k"]
         if v["norm"] is not None and m != 1:
             return "it normalizes one row only"
+        if v["norm"] is not None and x.dtype == "float16":
+            return "float16 could overflow before it is normalized"
         tuned = find_linear(site.tuning, self.name, quantized_form(bits, group, k), m, n, k, linear_form(v))
         c = dict(tuned.config) if tuned else shape_tiles(m, n, k, bits, gate is not None, site.arch)
         bk = chunk_of(bits, group, k)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from llmopt.program import Function, OpCall, Ref
-from targets.cuda.fusion import ATTENTION, LINEAR, fused
+from llmopt.recipe import load_recipe
+from targets.cuda.fusion import ATTENTION, LINEAR, LINEAR_Q, fused
 from tests.targets.cuda.models import model
 
 OPS = (ATTENTION, LINEAR)
@@ -40,6 +41,23 @@ LLAMA_LAYER = ["linear norm", "attention", "linear residual", "linear norm gate"
 def test_one_row_of_llama_takes_five_launches_a_layer() -> None:
     expected = ["embedding", "rotary_table", *LLAMA_LAYER, *LLAMA_LAYER, "linear norm"]
     assert text(fused(decode("llama-tied"), dims(1), OPS)) == expected
+
+
+def test_quantized_linears_join_as_plain_ones_do() -> None:
+    function = model("llama", text=load_recipe("int8-cuda").text).program.functions["decode"]
+    layer = [line.replace("linear", "linear_q") for line in LLAMA_LAYER]
+    expected = ["embedding", "rotary_table", *layer, *layer, "linear norm"]
+    assert text(fused(function, dims(1), (*OPS, LINEAR_Q))) == expected
+    assert "linear_q norm" not in text(fused(function, dims(4), (*OPS, LINEAR_Q)))
+
+
+def test_float16_is_normed_before_quantized_linears() -> None:
+    plain = model("llama", text=load_recipe("int8-cuda").text).program.functions["decode"]
+    types = {name: replace(kind, dtype=kind.dtype.replace("bfloat16", "float16")) for name, kind in plain.types.items()}
+    lines = text(fused(replace(plain, types=types), dims(1), (*OPS, LINEAR_Q)))
+    assert "linear_q norm" not in lines
+    assert "linear_q gate" in lines
+    assert lines[-1] == "linear norm"
 
 
 def test_heads_are_normed_inside_attention() -> None:
