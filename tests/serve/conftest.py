@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import httpx
 import pytest
 
+from llmopt.cli.main import run
 from llmopt.runtime.tokenizer import Tokenizer
 
 
@@ -101,6 +103,20 @@ def api(server):
     """An HTTP client of the shared server."""
     with httpx.Client(base_url=server.url, timeout=20) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def compiled(embedded_model, tmp_path_factory):
+    """``compiled(context)`` → the embedded model for onnxruntime in fp32; built once for all, and left as it is."""
+
+    @cache
+    def build(context):
+        path = tmp_path_factory.mktemp("artifact") / f"fp32-{context}"
+        found = ["compile", str(embedded_model), "-r", "fp32-cpu", "-o", str(path), "--max-context", str(context)]
+        assert run([*found, "--json"]) == 0
+        return path
+
+    return build
 
 
 @pytest.fixture(scope="session")

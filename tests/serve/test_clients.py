@@ -10,7 +10,6 @@ import httpx
 import pytest
 from pydantic import BaseModel, Field
 
-from llmopt.cli.main import run
 from tests.serve.conftest import running
 
 openai = pytest.importorskip("openai")
@@ -40,12 +39,9 @@ class Answer(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def server(root, embedded_model, tmp_path_factory):
+def server(root, compiled):
     """llmopt serve over the embedded model."""
-    path = tmp_path_factory.mktemp("artifact") / "fp32"
-    assert (
-        run(["compile", str(embedded_model), "-r", "fp32-cpu", "-o", str(path), "--max-context", "512", "--json"]) == 0
-    )
+    path = compiled(512)
     command = [sys.executable, "-m", "llmopt.cli.main", "serve", str(path), "--port", "0", "--threads", "1"]
     with running([*command, "--served-model-name", "tiny", "--log", "off"], root) as found:
         yield found

@@ -15,12 +15,9 @@ from tests.serve.conftest import running
 
 
 @pytest.fixture(scope="module")
-def artifact(embedded_model, tmp_path_factory):
+def artifact(compiled):
     """The embedded model for onnxruntime, context 128."""
-    path = tmp_path_factory.mktemp("artifact") / "fp32"
-    arguments = ["compile", str(embedded_model), "-r", "fp32-cpu", "-o", str(path), "--max-context", "128", "--json"]
-    assert run(arguments) == 0
-    return path
+    return compiled(128)
 
 
 def command(artifact, *arguments):

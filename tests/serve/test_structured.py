@@ -8,7 +8,6 @@ import httpx
 import jsonschema
 import pytest
 
-from llmopt.cli.main import run
 from llmopt.runtime.core import EngineCore
 from llmopt.runtime.params import GenerationParams, Grammar
 from llmopt.runtime.protocol import ExecutorLimits, SamplingParams
@@ -26,13 +25,9 @@ EACH = 5
 
 
 @pytest.fixture(scope="module")
-def artifact(embedded_model, tmp_path_factory):
+def artifact(compiled):
     """The embedded model for onnxruntime, context 512."""
-    path = tmp_path_factory.mktemp("artifact") / "fp32"
-    assert (
-        run(["compile", str(embedded_model), "-r", "fp32-cpu", "-o", str(path), "--max-context", "512", "--json"]) == 0
-    )
-    return path
+    return compiled(512)
 
 
 @pytest.mark.slow
