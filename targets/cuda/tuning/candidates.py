@@ -77,9 +77,10 @@ def gemm_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
 def gemm_q(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
     """Any rows over int4 or int8 weights: programs between 0.75 and 8 a multiprocessor."""
     bm = max(16, min(128, 1 << (m - 1).bit_length()))
-    shapes = [(bm, 64, 4, 3), (bm, 64, 4, 5), (bm, 128, 4, 3), (bm, 128, 4, 4), (bm, 128, 8, 3)]
-    if m > 128:
-        shapes.append((256, 128, 8, 3))
+    if m <= 64:
+        shapes = [(bm, 64, 4, 3), (bm, 64, 4, 5), (bm, 128, 4, 3), (bm, 128, 4, 4), (bm, 128, 8, 3)]
+    else:  # four warps spill over tiles of 128x128
+        shapes = [(bm, 64, 4, 3), (bm, 64, 4, 4), (bm, 64, 8, 3), (bm, 128, 8, 3), (bm, 128, 8, 4)]
     for (rows, columns, warps, stages), split in product(shapes, (1, 2, 4, 8)):
         programs = cdiv(n, columns) * cdiv(m, rows) * split
         narrow = gated and columns < 128
