@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from llmopt.errors import UnsupportedModelError
+from llmopt.errors import CheckpointError, UnsupportedModelError
 from llmopt.frontend import capture, load_checkpoint
 from llmopt.frontend.quantized import awq, gptq, mxfp4, packing
 from llmopt.ir.module import Module
@@ -22,6 +23,7 @@ from tests.frontend.quantized import (
     CASES,
     PERMUTED,
     Case,
+    Pair,
     by_grid,
     fp8_case,
     gptq_case,
@@ -71,7 +73,8 @@ def check_pieces(module: Module) -> None:
                 assert torch.equal(weight.read(start, stop).float(), whole[start:stop]), name
 
 
-def test_gpt_oss(tmp_path: Path) -> None:
+def gpt_oss(tmp_path: Path, spoil: Callable[[packers.Tensors], None] = lambda tensors: None) -> Pair:
+    """A gpt-oss whose experts are packed, and the values; ``spoil`` changes the packed tensors."""
     plain = make_checkpoint("gpt_oss", tmp_path / "plain")
     tensors = packers.load_file(plain / "model.safetensors")
     packed, values = dict(tensors), dict(tensors)
@@ -82,14 +85,38 @@ def test_gpt_oss(tmp_path: Path) -> None:
             values[name] = found.transpose(1, 2)
             del packed[name]
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    spoil(packed)
     packers.save(packed, plain, tmp_path / "quantized", config)
     packers.save(values, plain, tmp_path / "values", None)
-    pair = pair_of(tmp_path / "quantized", tmp_path / "values")
+    return pair_of(tmp_path / "quantized", tmp_path / "values")
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    pair = gpt_oss(tmp_path)
     assert count(pair.module(), EXPERTS_Q) == 2
     assert pair.error() <= LIMIT
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mxfp4, "nibbles", lambda b: torch.stack((b >> 4, b & 15), dim=-1).flatten(-3))
         assert pair.error() > WRONG
+
+
+EXPERT = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def test_gpt_oss_damaged(tmp_path: Path) -> None:
+    pair = gpt_oss(tmp_path / "a", lambda tensors: tensors[f"{EXPERT}_scales"][0, 0, :1].fill_(255))
+    with pytest.raises(CheckpointError, match=f"safetensors: tensor {EXPERT}_scales holds scales that are NaN"):
+        captured_logits(pair.module(), pair.ids)
+    pair = gpt_oss(tmp_path / "b", lambda tensors: tensors.__delitem__(f"{EXPERT}_scales"))
+    with pytest.raises(CheckpointError, match=f"tensor {EXPERT}_scales is missing"):
+        pair.module()
+
+
+def test_every_power_of_two() -> None:
+    """E8M0 in bfloat16: 2^-127, which has no normal form there, to 2^127."""
+    exponents = torch.arange(255, dtype=torch.uint8)
+    powers = mxfp4.powers(exponents).double()
+    assert torch.equal(powers, 2.0 ** (exponents.double() - 127))
 
 
 def wrong_lowest(patch: pytest.MonkeyPatch) -> None:
@@ -167,3 +194,17 @@ def test_experts_quantized_in_part_are_refused(tmp_path: Path) -> None:
     values = pair.module(dequantize=("*experts*",))
     assert count(values, EXPERTS_Q) == 0
     assert row_error(captured_logits(values, pair.ids), pair.expected) <= LIMIT
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("axis", [0, 1])
+def test_unpacking_undoes_packing(bits: int, axis: int) -> None:
+    """Any number of values of any width, along either axis; values one place off are seen."""
+    random = np.random.default_rng(bits)
+    for count in (1, 7, 32, 45, 96):
+        values = random.integers(0, 2**bits, (5, count))
+        words = packers.words(packers.stream(values, bits))
+        packed = words.T.contiguous() if axis == 0 else words
+        found = packing.unpack(packed, bits, axis, count).movedim(axis, -1)
+        assert torch.equal(found, torch.from_numpy(values).to(torch.uint8))
+        assert count == 1 or not torch.equal(packing.unpack(words, bits, 1, count).roll(1, 1), found)

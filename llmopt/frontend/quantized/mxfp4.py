@@ -63,8 +63,13 @@ class Powers(Weight):
         exponents = self.source.read(start, stop)
         if bool((exponents == NOT_A_NUMBER).any()):
             raise CheckpointError(f"tensor {self.source.name} holds scales that are NaN", where=str(self.source.file))
-        bits = torch.where(exponents == 0, SUBNORMAL, exponents.int() << MANTISSA)
-        return bits.to(torch.int16).view(torch.bfloat16)
+        return powers(exponents)
+
+
+def powers(exponents: Tensor) -> Tensor:
+    """2^(exponent - 127) in bfloat16 of uint8 exponents below 255."""
+    bits = torch.where(exponents == 0, SUBNORMAL, exponents.int() << MANTISSA)
+    return bits.to(torch.int16).view(torch.bfloat16)
 
 
 def nibbles(blocks: Tensor) -> Tensor:
