@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from llmopt.errors import RequestError
+from llmopt.textfile import read_utf8
 
 PIECE = 4000
 """Characters drawn at a time: about two windows of 512 tokens of English."""
@@ -67,12 +68,7 @@ def read_windows(path: Path, tokenizer: Tokenizer, tokens: int, length: int, see
 
 def read_text(path: Path) -> str:
     """A UTF-8 text, or the ``text`` of each line of a .jsonl file. Raises RequestError naming the byte or line."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"not UTF-8 at byte {error.start}", where=str(path)) from error
-    except OSError as error:
-        raise RequestError(f"cannot read the text: {error.strerror}", where=str(path)) from error
+    content = read_utf8(path)
     if path.suffix != ".jsonl":
         return content
     texts = []

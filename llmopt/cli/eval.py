@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmopt.cli.output import accuracy_lines, emit_json, emit_pairs, progress_bar
-from llmopt.errors import ConfigError, RequestError, ResourceError
+from llmopt.errors import ConfigError, ResourceError
+from llmopt.textfile import read_utf8
 
 if TYPE_CHECKING:
     from llmopt.artifact import Artifact
@@ -102,12 +103,7 @@ def tokenize(artifact: Artifact, text: Path) -> Any:
 
     if not artifact.has_file("tokenizer.json"):
         raise ConfigError("the artifact has no tokenizer.json, so text cannot be scored", where=str(artifact.path))
-    try:
-        content = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"not UTF-8 at byte {error.start}", where=str(text)) from error
-    except OSError as error:
-        raise RequestError(f"cannot read the text: {error.strerror}", where=str(text)) from error
+    content = read_utf8(text)
     tokenizer = Tokenizer.from_file(str(artifact.file("tokenizer.json")))
     return np.array(tokenizer.encode(content, add_special_tokens=False).ids, np.int64)
 
