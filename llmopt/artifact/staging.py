@@ -27,9 +27,9 @@ def staged(destination: Path, replaceable: Callable[[Path], bool]) -> Iterator[P
     try:
         aside.mkdir()
         yield aside
-        _sync(aside)
+        sync_directory(aside)
         _swap(aside, destination)
-        _sync(destination.parent)
+        sync_directory(destination.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in made:
@@ -81,7 +81,7 @@ def _swap(aside: Path, destination: Path) -> None:
     shutil.rmtree(old)
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """fsync a directory, so that its entries survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

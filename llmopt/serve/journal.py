@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from llmopt.artifact.staging import sync_directory
 from llmopt.errors import ConfigError, ResourceError
 
 SYNC_SECONDS = 1.0
@@ -62,7 +63,7 @@ class Journal:
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        _sync_folder(output.parent)
+        sync_directory(output.parent)
         self._path.unlink()
 
     def load(self, name: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ def open_journal(output: Path, name: dict[str, Any]) -> Iterator[Journal]:
             raise ResourceError("another process is writing this output", where=str(path)) from error
         journal = Journal(file, path)
         journal.load(name)
-        _sync_folder(path.parent)
+        sync_directory(path.parent)
         yield journal
         if path.exists():
             journal.sync()
@@ -120,12 +121,3 @@ def _is_json(data: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make new names in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
