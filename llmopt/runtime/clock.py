@@ -1,4 +1,4 @@
-"""Time as the scheduler sees it: a function that returns seconds, and one that tests move by hand."""
+"""Time as the scheduler sees it: a function that returns seconds, and how fast requests end."""
 
 from __future__ import annotations
 
@@ -7,22 +7,6 @@ from typing import TypeAlias
 
 Clock: TypeAlias = Callable[[], float]
 """Seconds since an arbitrary start; never goes back (``time.monotonic``)."""
-
-
-class VirtualClock:
-    """A clock that stands still until it is told how much time has passed."""
-
-    def __init__(self, now: float = 0.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass; raises ValueError for a negative amount."""
-        if seconds < 0:
-            raise ValueError(f"time cannot go back by {-seconds} s")
-        self.now += seconds
 
 
 class Pace:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from llmopt.runtime.clock import VirtualClock
 from llmopt.runtime.core import EngineCore
 from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.params import GenerationParams
 from llmopt.runtime.protocol import ExecutorLimits, SamplingParams
+from tests.runtime.clock import VirtualClock
 from tests.runtime.fake import FakeExecutor
 
 VOCAB = 97

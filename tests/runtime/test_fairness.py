@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt.errors import ConfigError, DeadlineError, QueueFullError
-from llmopt.runtime.clock import VirtualClock
 from llmopt.runtime.core import EngineCore
 from llmopt.runtime.fairness import QueueOptions, TenantShares
 from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.swap import SwapOptions
+from tests.runtime.clock import VirtualClock
 from tests.runtime.fake import oracle, plan_of
 from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy, make, step
 from tests.runtime.timed import TimedExecutor

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from llmopt.runtime.clock import VirtualClock
 from llmopt.runtime.core import EngineCore
 from llmopt.runtime.options import SchedulerOptions
+from tests.runtime.clock import VirtualClock
 from tests.runtime.loads import greedy
 from tests.runtime.timed import PROMPT_ROW, STEP, TimedExecutor
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from llmopt.runtime.clock import VirtualClock
 from llmopt.runtime.core import EngineCore
 from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.swap import SwapOptions, SwapSpace
+from tests.runtime.clock import VirtualClock
 from tests.runtime.fake import FakeExecutor, oracle, plan_of
 from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy, make, step
 from tests.runtime.timed import PROMPT_ROW, TimedExecutor

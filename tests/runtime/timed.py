@@ -6,8 +6,8 @@ from collections import deque
 
 import numpy as np
 
-from llmopt.runtime.clock import VirtualClock
 from llmopt.runtime.protocol import ExecutorLimits, Sampled, StepBatch, StepOutput
+from tests.runtime.clock import VirtualClock
 from tests.runtime.fake import plan_of
 
 STEP, PROMPT_ROW, DECODE_ROW = 4e-3, 50e-6, 10e-6
