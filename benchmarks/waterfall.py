@@ -6,10 +6,10 @@ a launch; ``how`` the parts were timed; ``gb_s`` and ``tflops`` that this GPU re
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serve_rows import read as read_rows
 from llmopt.report.svg import COLOURS, text
 
 Row = dict[str, Any]
@@ -60,8 +60,7 @@ def name_of(row: Row) -> str:
 
 def read(folder: Path) -> list[Row]:
     """The last row of each plot, in the order they first appear."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-    return list({name_of(row): row for row in map(json.loads, lines)}.values())
+    return list({name_of(row): row for row in read_rows(folder, "*.jsonl")}.values())
 
 
 def waterfall_section(rows: list[Row]) -> str:
