@@ -14,10 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -29,31 +27,17 @@ from llmopt.lower.readers import readers
 from llmopt.program import Program
 from llmopt.recipe import Recipe, load_recipe
 from llmopt.registry import load_target
-from llmopt.runtime.executors.onnxruntime import COPY_FILE, MODEL_FILE, OnnxruntimeExecutor
+from llmopt.runtime.executors.onnxruntime import OnnxruntimeExecutor
 from llmopt.runtime.protocol import Admission, SamplingParams, SeqStep, StepBatch
 from llmopt.target import BuildContext, LoadOptions, TargetFiles
+from targets.onnxruntime.readers import materialize
+from tests.targets.onnxruntime.build import MemoryStore, loaded
 
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
          "intermediate_size": 2048, "vocab_size": 32000, "max_position_embeddings": 1024}  # fmt: skip
 
 
-class Store:
-    """Weights in memory."""
-
-    def __init__(self, files: TargetFiles) -> None:
-        self.tensors = {name: np.concatenate(list(r.chunks(1 << 26))) for name, r in files.weights.items()}
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
-
-    def get(self, name: str) -> npt.NDArray[Any]:
-        return self.tensors[name]
-
-    def dtype(self, name: str) -> str:
-        return str(self.tensors[name].dtype)
-
-
-def build(recipe: Recipe) -> tuple[Program, TargetFiles, Store]:
+def build(recipe: Recipe) -> tuple[Program, TargetFiles, MemoryStore]:
     """Compile the shape with random weights."""
     target = load_target(recipe.target)
     with TemporaryDirectory() as folder:
@@ -64,7 +48,7 @@ def build(recipe: Recipe) -> tuple[Program, TargetFiles, Store]:
         module.prune_weights()
         program = lower(module)
         files = target.build(program, readers(program, module.weights), BuildContext(recipe.target_options))
-        return program, files, Store(files)
+        return program, files, MemoryStore({name: materialize(reader) for name, reader in files.weights.items()})
 
 
 def step(executor: OnnxruntimeExecutor, batch: int, start: int, length: int, admit: bool = False) -> None:
@@ -101,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", help="name or path")
     parser.add_argument("--accuracy-level", type=int, help="instead of the recipe's")
+    parser.add_argument("--no-native", action="store_true", help="onnxruntime's own kernels alone")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--past", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=60)
@@ -108,15 +93,19 @@ def main() -> None:
     args = parser.parse_args()
     recipe = load_recipe(args.recipe)
     if args.accuracy_level is not None:
-        recipe = replace(recipe, target_options={"accuracy_level": args.accuracy_level})
+        recipe = replace(recipe, target_options=recipe.target_options | {"accuracy_level": args.accuracy_level})
+    if args.no_native:
+        recipe = replace(recipe, target_options=recipe.target_options | {"native_kernels": False})
     program, files, store = build(recipe)
     options = LoadOptions(threads=args.threads, max_sequences=max(args.batch), max_context=512)
-    executor = OnnxruntimeExecutor(program, files.files[MODEL_FILE], files.files[COPY_FILE], store, options)
+    executor = loaded(program, files, store, options)
     for batch in args.batch:
         case = {"recipe": args.recipe, **recipe.target_options, "batch": batch}
-        load = round(os.getloadavg()[0], 2)
+        average = round(os.getloadavg()[0], 2)
         print(
-            json.dumps({**case, "past": args.past, **measure(executor, batch, args.past, args.repeats), "load": load})
+            json.dumps(
+                {**case, "past": args.past, **measure(executor, batch, args.past, args.repeats), "load": average}
+            )
         )
         sys.stdout.flush()
 

@@ -6,12 +6,13 @@ import ast
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from llmopt.lower.cache import cache_folder, write_aside
 
 from .kernel import Specialization
 
@@ -113,13 +114,6 @@ def exists(module: str) -> bool:
         return False
 
 
-def cache_folder() -> Path:
-    """$LLMOPT_CACHE, else llmopt under $XDG_CACHE_HOME, else ~/.cache/llmopt."""
-    if found := os.environ.get("LLMOPT_CACHE"):
-        return Path(found)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llmopt"
-
-
 @dataclass
 class CubinCache:
     """Entries ``<key>.cubin`` with ``<key>.json`` beside; ``last/<identity>.json`` says what was built last, so that a
@@ -165,19 +159,11 @@ class CubinCache:
         meta: dict[str, Any] = {k: v for k, v in asdict(compiled).items() if k != "cubin"}
         meta["sha256"] = hashlib.sha256(compiled.cubin).hexdigest()
         key = job.key()
-        write(self.folder / f"{key}.cubin", compiled.cubin)
-        write(self.folder / f"{key}.json", dump(meta))
-        write(self.folder / "last" / f"{job.identity()}.json", dump(job.parts()))
+        write_aside(self.folder / f"{key}.cubin", compiled.cubin)
+        write_aside(self.folder / f"{key}.json", dump(meta))
+        write_aside(self.folder / "last" / f"{job.identity()}.json", dump(job.parts()))
 
 
 def dump(value: Mapping[str, Any]) -> bytes:
     """Canonical JSON."""
     return json.dumps(value, sort_keys=True).encode()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write aside, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_bytes(data)
-    aside.replace(path)

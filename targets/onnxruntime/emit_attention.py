@@ -10,8 +10,10 @@ from .emit_norm import rms
 from .emit_plain_attention import plain_attention, scatter
 from .emit_rope import cache_tables, rotate
 from .emitter import Emitter, emits
-from .graph import MICROSOFT
+from .graph import MICROSOFT, NATIVE
 
+NATIVE_WIDTH = 256
+"""The widest heads CachedAttention runs."""
 SEQUENCE_LENGTHS, LONGEST = "seqlens_k", "total_sequence_length"
 
 
@@ -152,7 +154,8 @@ def rotated_query(e: Emitter, q: Arg) -> str:
 
 
 def grouped(e: Emitter, call: OpCall, write: Write) -> bool:
-    """Emit GroupQueryAttention; False where it has no kernel: heads of other sizes, sinks that stay visible."""
+    """Emit CachedAttention or GroupQueryAttention; False where neither has a kernel: heads of other sizes, sinks that
+    stay visible."""
     args = call.args
     (_, heads, length, width), kv_heads = e.shape(args["q"]), int(e.shape(write.k)[1])
     head = int(width)
@@ -175,20 +178,20 @@ def grouped(e: Emitter, call: OpCall, write: Write) -> bool:
     last = max(i for i, name in enumerate(tail) if name) + 1
     k_final, v_final = write.call.outputs[-2:]
     names = (f"attention_{len(e.graph.nodes)}", *(f"present_{ref.name}" for ref in (write.k_state, write.v_state)))  # type: ignore[union-attr]
-    e.graph.nodes_out(
-        "GroupQueryAttention",
-        (*data, e.ref(write.k_state), e.ref(write.v_state), *tail[:last]),
-        3,
-        outputs=names,
-        domain=MICROSOFT,
-        num_heads=int(heads),
-        kv_num_heads=kv_heads,
-        scale=float(args["scale"]),  # type: ignore[arg-type]
-        softcap=float(args["softcap"]) or None,  # type: ignore[arg-type]
-        local_window_size=window or None,
-        do_rotary=int(bool(tables)),
-        rotary_interleaved=int(bool(write.interleaved)) if tables else None,
-    )
+    attributes: dict[str, float | None] = {
+        "num_heads": int(heads),
+        "kv_num_heads": kv_heads,
+        "scale": float(args["scale"]),  # type: ignore[arg-type]
+        "softcap": float(args["softcap"]),  # type: ignore[arg-type]
+        "local_window_size": window,
+        "rotary_interleaved": int(bool(tables and write.interleaved)),
+    }
+    op, domain = "CachedAttention", NATIVE
+    if not e.native or dtype != "float32" or head > NATIVE_WIDTH:
+        op, domain = "GroupQueryAttention", MICROSOFT
+        attributes = {k: v or None for k, v in attributes.items()} | {"do_rotary": int(bool(tables))}
+    inputs = (*data, e.ref(write.k_state), e.ref(write.v_state), *tail[:last])
+    e.graph.nodes_out(op, inputs, 3, outputs=names, domain=domain, **attributes)
     e.values |= {k_final: names[1], v_final: names[2]}
     e.set(call, e.reshape(names[0], (1, length, int(heads), head)))
     return True

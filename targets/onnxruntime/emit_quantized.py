@@ -12,17 +12,20 @@ from llmopt.target import WeightReader
 
 from .emit_linear import add_bias
 from .emitter import Emitter, emits
-from .graph import MICROSOFT
+from .graph import MICROSOFT, NATIVE
 from .pack import container, kernel_block, nibbles, pack_codes, pack_zeros, spread
 from .readers import Array, Derived, Stored, materialize
+
+NATIVE_BLOCK = 32
+"""QuantizedLinear runs blocks of a multiple of this many columns."""
 
 
 @emits("llmopt.linear_q")
 def linear_q(e: Emitter, call: OpCall) -> None:
-    """MatMulNBits. 8-bit codes at accuracy level 0 become two 4-bit halves along K, which is exact.
+    """QuantizedLinear where activations may be rounded, else MatMulNBits.
 
-    No 8-bit kernel with fp32 activations exists: MatMulNBits falls back to 82-112 ms for the 125M shape where the
-    halves take 7.5 ms.
+    8-bit codes at accuracy level 0 become two 4-bit halves along K, which is exact. No 8-bit kernel with fp32
+    activations exists: MatMulNBits falls back to 82-112 ms for the 125M shape where the halves take 7.5 ms.
     """
     weight = quantized(e, call)
     x, columns, bits = e.ref(call.args["x"]), weight.columns, weight.bits
@@ -34,8 +37,12 @@ def linear_q(e: Emitter, call: OpCall) -> None:
     attributes: dict[str, Any] = {"K": columns, "N": weight.rows, "bits": bits, "block_size": weight.block}
     level = e.accuracy_level or None
     e.rounds_activations |= bool(level)
-    names = initializers(e, weight, e.type(call.args["x"]).dtype)
-    result = e.graph.node("MatMulNBits", x, *names, domain=MICROSOFT, accuracy_level=level, **attributes)
+    dtype = e.type(call.args["x"]).dtype
+    names = initializers(e, weight, dtype)
+    if e.native and level and dtype == "float32" and weight.block % NATIVE_BLOCK == 0:
+        result = e.graph.node("QuantizedLinear", x, *names, domain=NATIVE, **attributes)
+    else:
+        result = e.graph.node("MatMulNBits", x, *names, domain=MICROSOFT, accuracy_level=level, **attributes)
     e.set(call, add_bias(e, call, result, e.out(call).dtype))
 
 

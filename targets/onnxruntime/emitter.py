@@ -30,15 +30,20 @@ class Emitter:
     """State of one emission. ``values`` maps program values to ONNX names, ``producer`` to the call that made them.
 
     ``tables`` describes the rotary tables the executor is to bind, ``rounds_activations`` says that a quantized
-    linear may quantize its input. ``base`` maps a reshaped ONNX value to what it reshapes: a reshape of a reshape
-    needs the first one no more.
+    linear may quantize its input. ``native`` allows the operators of native/. ``base`` maps a reshaped ONNX value to
+    what it reshapes: a reshape of a reshape needs the first one no more.
     """
 
     def __init__(
-        self, program: Program, function: Function, weights: Mapping[str, WeightReader], accuracy_level: int
+        self,
+        program: Program,
+        function: Function,
+        weights: Mapping[str, WeightReader],
+        accuracy_level: int,
+        native: bool = False,
     ) -> None:
         self.program, self.function, self.readers = program, function, weights
-        self.accuracy_level = accuracy_level
+        self.accuracy_level, self.native = accuracy_level, native
         self.graph = GraphBuilder()
         self.values: dict[str, str] = {}
         self.producer: dict[str, OpCall] = {}

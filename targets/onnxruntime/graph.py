@@ -15,6 +15,8 @@ from llmopt.program import TensorType
 from llmopt.target import WeightReader
 
 MICROSOFT = "com.microsoft"
+NATIVE = "llmopt"
+"""Domain of the operators in native/."""
 WEIGHTS_FILE = "weights.safetensors"
 IR_VERSION = 11
 
@@ -109,6 +111,8 @@ class GraphBuilder:
         initializers += [external_tensor(n, r.type) for n, r in self.external.items()]
         graph = helper.make_graph(live[::-1], name, self.inputs, self.outputs, initializers)
         opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
+        if any(node.domain == NATIVE for node in live):
+            opsets.append(helper.make_opsetid(NATIVE, 1))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="llmopt")
         helper.set_model_props(model, dict(sorted(metadata.items())))
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,20 +15,26 @@ from llmopt.errors import ConfigError, TargetError
 from llmopt.program import Function, Program, StateGroup
 from llmopt.target import BuildContext, TargetFiles, TargetInfo, WeightReader
 
+from . import native as kernels
 from . import rules  # noqa: F401  (registers every rule)
 from .copier import copy_model
 from .emit_attention import LONGEST, SEQUENCE_LENGTHS
 from .emitter import Emitter
-from .graph import WEIGHTS_FILE
+from .graph import NATIVE, WEIGHTS_FILE
 
 MODEL_FILE, COPY_FILE = "model.onnx", "copy.onnx"
+NATIVE_MODEL_FILE, NATIVE_LIBRARY_FILE = "native.onnx", "native-x86_64-linux.so"
 ACCURACY_LEVELS = (0, 4)
+OPTIONS = ("accuracy_level", "native_kernels")
 DERIVED = ("cu_seqlens", "seq_lens")
 
 
 class OnnxRuntimeTarget:
-    """One model for decode and prefill. Option ``accuracy_level``: 0 keeps activations of quantized linears in
-    fp32, 4 lets MatMulNBits quantize them to int8, which is faster and less exact."""
+    """One model for decode and prefill, twice: in onnxruntime's operators, and with llmopt's kernels where it has some.
+
+    Options: ``accuracy_level``: 0 keeps activations of quantized linears in fp32, 4 quantizes them to int8, which is
+    faster and less exact. ``native_kernels``: false leaves out the second form.
+    """
 
     name = "onnxruntime"
     info = TargetInfo(
@@ -41,19 +48,42 @@ class OnnxRuntimeTarget:
 
     def build(self, program: Program, weights: Mapping[str, WeightReader], ctx: BuildContext) -> TargetFiles:
         """Emit and check the model. Raises TargetError naming a call it cannot emit, ConfigError for a bad option."""
+        check_options(ctx.options)
         level = accuracy_level(ctx.options)
+        plain = self.emit(program, weights, level, native=False)
+        model = plain.graph.model("step", metadata(plain))
+        check(model)
+        files = {MODEL_FILE: serialized(model), COPY_FILE: copy_model(program)}
+        notes: dict[str, object] = {"nodes": len(model.graph.node)}
+        if native_kernels(ctx.options):
+            emitter = self.emit(program, weights, level, native=True)
+            native = emitter.graph.model("step", metadata(emitter))
+            check(native)
+            counts = Counter(node.op_type for node in native.graph.node if node.domain == NATIVE)
+            if counts:
+                files |= {NATIVE_MODEL_FILE: serialized(native), NATIVE_LIBRARY_FILE: kernels.library()}
+                notes["native"] = {"compiler": kernels.toolchain(), **dict(sorted(counts.items()))}
+        return TargetFiles(files, dict(sorted(plain.graph.external.items())), notes)
+
+    def emit(self, program: Program, weights: Mapping[str, WeightReader], level: int, native: bool) -> Emitter:
+        """The whole graph; the two forms read the same weights."""
         function = program.functions[program.entry_points["decode"]]
-        group = only_slots(program)
-        emitter = Emitter(program, function, weights, level)
-        declare_inputs(emitter, function, group)
+        emitter = Emitter(program, function, weights, level, native)
+        declare_inputs(emitter, function, only_slots(program))
         emitter.run()
         declare_outputs(emitter, function)
-        metadata = {"llmopt.rotary_tables": json.dumps(emitter.tables, sort_keys=True)}
-        metadata["llmopt.activations"] = "int8" if emitter.rounds_activations else function_dtype(function)
-        model = emitter.graph.model(function.name, metadata)
-        check(model)
-        files = {MODEL_FILE: model.SerializeToString(deterministic=True), COPY_FILE: copy_model(program)}
-        return TargetFiles(files, dict(sorted(emitter.graph.external.items())), {"nodes": len(model.graph.node)})
+        return emitter
+
+
+def metadata(e: Emitter) -> dict[str, str]:
+    """What the executor must know: rotary tables to bind, and the dtype of activations."""
+    activations = "int8" if e.rounds_activations else function_dtype(e.function)
+    return {"llmopt.rotary_tables": json.dumps(e.tables, sort_keys=True), "llmopt.activations": activations}
+
+
+def serialized(model: onnx.ModelProto) -> bytes:
+    """The same bytes for equal models."""
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 def function_dtype(function: Function) -> str:
@@ -61,19 +91,31 @@ def function_dtype(function: Function) -> str:
     return function.types[next(iter(function.state_outputs))].dtype
 
 
-def accuracy_level(options: Mapping[str, object]) -> int:
-    """The validated option; raises ConfigError for an unknown key or value."""
+def check_options(options: Mapping[str, object]) -> None:
+    """Raises ConfigError for an unknown key."""
     for key in options:
-        if key != "accuracy_level":
-            close = get_close_matches(key, ["accuracy_level"])
-            hint = f"did you mean {close[0]}?" if close else "the only option is accuracy_level"
+        if key not in OPTIONS:
+            close = get_close_matches(key, OPTIONS)
+            hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(OPTIONS)}"
             raise ConfigError(f"unknown option {key!r} of target onnxruntime", where="target_options", hint=hint)
+
+
+def accuracy_level(options: Mapping[str, object]) -> int:
+    """The validated option; raises ConfigError."""
     level = options.get("accuracy_level", 0)
     if isinstance(level, bool) or level not in ACCURACY_LEVELS:
         hint = f"one of {ACCURACY_LEVELS}"
         raise ConfigError(f"accuracy_level {level!r} is not supported", where="target_options", hint=hint)
     assert isinstance(level, int)
     return level
+
+
+def native_kernels(options: Mapping[str, object]) -> bool:
+    """The validated option; raises ConfigError."""
+    wanted = options.get("native_kernels", True)
+    if not isinstance(wanted, bool):
+        raise ConfigError(f"native_kernels {wanted!r} is not true or false", where="target_options")
+    return wanted
 
 
 def only_slots(program: Program) -> StateGroup:

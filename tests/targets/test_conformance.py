@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from llmopt.program import OpCall, Program
-from llmopt.registry import load_executor_module, load_target
-from llmopt.runtime.executors.onnxruntime import OnnxruntimeExecutor
-from llmopt.target import BuildContext, LoadOptions, WeightReader
+from llmopt.registry import load_executor_module
+from llmopt.target import LoadOptions
 from tests.architectures import ARCHITECTURES
 from tests.targets.models import PROMPTS, Compiled, compiled, worst
+from tests.targets.onnxruntime.build import executor
 from tests.targets.ragged import RaggedDriver
 
 TOLERANCE = 1e-5
@@ -27,37 +26,24 @@ def reference(model: Compiled, program: Program | None = None) -> Any:
     return load_executor_module("reference").ReferenceExecutor(program or model.program, model.tensors(), OPTIONS)
 
 
-class Memory:
-    """A weight store over readers."""
-
-    def __init__(self, readers: Mapping[str, WeightReader]) -> None:
-        self.readers = readers
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.readers)
-
-    def get(self, name: str) -> Any:
-        return np.concatenate([np.atleast_1d(c) for c in self.readers[name].chunks(1 << 30)])
-
-    def dtype(self, name: str) -> str:
-        return self.readers[name].type.dtype
-
-
 def onnxruntime(model: Compiled, program: Program | None = None) -> Any:
-    """The onnxruntime executor over freshly emitted files."""
-    program = program or model.program
-    files = load_target("onnxruntime").build(program, model.weights, BuildContext({}))
-    return OnnxruntimeExecutor(
-        program, files.files["model.onnx"], files.files["copy.onnx"], Memory(files.weights), OPTIONS
-    )
+    """The onnxruntime executor over freshly emitted files, in onnxruntime's own operators."""
+    return executor(program or model.program, model.weights, OPTIONS, native_kernels=False)
 
 
-TARGETS = {"reference": (reference, "paged"), "onnxruntime": (onnxruntime, "slots")}
+def native(model: Compiled, program: Program | None = None) -> Any:
+    """The same with llmopt's CPU kernels."""
+    return executor(program or model.program, model.weights, OPTIONS)
 
 
-def error(model: Compiled, executor: Any, shift: int = 0) -> float:
+TARGETS = {"reference": (reference, "paged"), "onnxruntime": (onnxruntime, "slots"), "native": (native, "slots")}
+PROGRAM_OF = {"native": "onnxruntime"}
+"""The target whose program another form runs."""
+
+
+def error(model: Compiled, runner: Any, shift: int = 0) -> float:
     """Worst relative error of an executor over the model's sequences."""
-    return worst(RaggedDriver(executor, shift=shift).logits(model.sequences, list(PROMPTS)), model.expected)
+    return worst(RaggedDriver(runner, shift=shift).logits(model.sequences, list(PROMPTS)), model.expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,10 +53,11 @@ def test_reference_matches_eager(architecture: str, layout: str) -> None:
     assert error(model, reference(model)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("build", [onnxruntime, native])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_onnxruntime_matches_eager(architecture: str) -> None:
+def test_onnxruntime_matches_eager(architecture: str, build: Callable[[Compiled], Any]) -> None:
     model = compiled(architecture, "onnxruntime", "slots")
-    assert error(model, onnxruntime(model)) <= TOLERANCE
+    assert error(model, build(model)) <= TOLERANCE
 
 
 def mutated(program: Program, op: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Program:
@@ -98,7 +85,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_attention_is_caught(what: str, target: str) -> None:
     (architecture, change), (build, layout) = WRONG[what], TARGETS[target]
-    model = compiled(architecture, target, layout, LAYOUTS[layout])
+    model = compiled(architecture, PROGRAM_OF.get(target, target), layout, LAYOUTS[layout])
     assert error(model, build(model, mutated(model.program, "llmopt.cached_attention", change))) > 10 * TOLERANCE
 
 
@@ -106,5 +93,5 @@ def test_a_wrong_attention_is_caught(what: str, target: str) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_shifted_position_is_caught(architecture: str, target: str) -> None:
     build, layout = TARGETS[target]
-    model = compiled(architecture, target, layout, LAYOUTS[layout])
+    model = compiled(architecture, PROGRAM_OF.get(target, target), layout, LAYOUTS[layout])
     assert error(model, build(model), shift=1) > 10 * TOLERANCE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +12,13 @@ import numpy as np
 from llmopt.errors import ExecutorError
 from llmopt.program import Program
 from llmopt.runtime.executors.onnxruntime_calls import Call, calls_of
-from llmopt.runtime.executors.onnxruntime_session import StepContext, activations, open_session, rotary_tables
+from llmopt.runtime.executors.onnxruntime_session import (
+    StepContext,
+    activations,
+    open_session,
+    rotary_tables,
+    runs_here,
+)
 from llmopt.runtime.executors.onnxruntime_state import SlotStates
 from llmopt.runtime.golden import check_golden
 from llmopt.runtime.protocol import ExecutorLimits, FloatArray, StepBatch, StepOutput
@@ -21,7 +29,10 @@ from llmopt.target import LoadOptions, WeightStore
 if TYPE_CHECKING:
     from llmopt.artifact import Artifact
 
+log = logging.getLogger("llmopt.onnxruntime")
+
 MODEL_FILE, COPY_FILE = "model.onnx", "copy.onnx"
+NATIVE_MODEL_FILE, NATIVE_LIBRARY_FILE = "native.onnx", "native-x86_64-linux.so"
 MAX_TOKENS_PER_STEP = 512
 """Attention scores of a chunk take heads x chunk x context x 4 bytes; beyond ~128 rows the products gain nothing."""
 
@@ -29,17 +40,24 @@ MAX_TOKENS_PER_STEP = 512
 class OnnxruntimeExecutor:
     """Runs steps at submit: one call for all one-row sequences, one for each prefill chunk.
 
-    ``model`` and ``copier`` are the bytes of model.onnx and copy.onnx; ``options.device`` is ``cpu`` or ``cuda``
-    (``cuda:1``). Raises ResourceError when the provider, or memory for one slot, is missing.
+    ``model`` and ``copier`` are the bytes of model.onnx (or native.onnx, with its ``library``) and copy.onnx;
+    ``options.device`` is ``cpu`` or ``cuda`` (``cuda:1``). Raises ResourceError when the provider, or memory for one
+    slot, is missing.
     """
 
     def __init__(
-        self, program: Program, model: bytes, copier: bytes, weights: WeightStore, options: LoadOptions
+        self,
+        program: Program,
+        model: bytes,
+        copier: bytes,
+        weights: WeightStore,
+        options: LoadOptions,
+        library: Path | None = None,
     ) -> None:
         self.program, self.state_plan = program, program.states
         group = program.states.groups[0]
         context = min(options.max_context or program.max_context, program.max_context)
-        self.session = open_session(model, weights, options)
+        self.session = open_session(model, weights, options, library)
         self.states = SlotStates(group, context, copier, options)
         tables = rotary_tables(self.session, self.states.capacity)
         self.context = StepContext(self.session, self.states, tables)
@@ -106,12 +124,25 @@ def split(logits: FloatArray, seq_ids: Sequence[int], counts: Sequence[int]) -> 
     return dict(zip(seq_ids, np.split(logits, np.cumsum(counts)[:-1])))
 
 
+def native_library(artifact: Artifact, options: LoadOptions) -> Path | None:
+    """The artifact's library of CPU kernels; None where it has none, or, with a warning, where they cannot run."""
+    if not artifact.has_file(NATIVE_LIBRARY_FILE) or options.device != "cpu":
+        return None
+    path = artifact.file(NATIVE_LIBRARY_FILE)
+    if runs_here(path):
+        return path
+    log.warning("the artifact's CPU kernels need x86-64 Linux with AVX2 and FMA; onnxruntime's own run instead")
+    return None
+
+
 def load(artifact: Artifact, options: LoadOptions) -> OnnxruntimeExecutor:
     """The executor of an artifact built for onnxruntime, checked against its golden tokens.
 
     Raises ExecutorError when the golden tokens come out differently: a provider can be wrong and deterministic.
     """
-    model, copier = (artifact.file(name).read_bytes() for name in (MODEL_FILE, COPY_FILE))
-    executor = OnnxruntimeExecutor(artifact.program, model, copier, artifact.weight_store(), options)
+    library = native_library(artifact, options)
+    name = MODEL_FILE if library is None else NATIVE_MODEL_FILE
+    model, copier = (artifact.file(n).read_bytes() for n in (name, COPY_FILE))
+    executor = OnnxruntimeExecutor(artifact.program, model, copier, artifact.weight_store(), options, library)
     check_golden(executor, artifact.manifest.golden, dtype=activations(executor.session))
     return executor

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import platform
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,9 +62,23 @@ def check_version(version: str) -> None:
         raise ResourceError(f"onnxruntime {version} is too old", hint=f"pip install 'onnxruntime>={wanted}'")
 
 
-def open_session(model: bytes, weights: WeightStore, options: LoadOptions) -> ort.InferenceSession:
-    """The model's session, its weights taken from the store without a copy (prepacked ones are copied once)."""
+def runs_here(library: Path) -> bool:
+    """Whether this system and processor run a library of llmopt's kernels (x86-64 Linux with AVX2 and FMA)."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return bool(ctypes.CDLL(str(library)).llmopt_supported())
+
+
+def open_session(
+    model: bytes, weights: WeightStore, options: LoadOptions, library: Path | None = None
+) -> ort.InferenceSession:
+    """The model's session, its weights taken from the store without a copy (prepacked ones are copied once).
+
+    ``library``: llmopt's own operators, where the model has some.
+    """
     settings = ort.SessionOptions()
+    if library is not None:
+        settings.register_custom_ops_library(str(library))
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
     settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")

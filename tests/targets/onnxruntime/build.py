@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,15 @@ from llmopt.lower.lowering import lower
 from llmopt.lower.readers import to_numpy
 from llmopt.program import Program
 from llmopt.registry import load_target
-from llmopt.runtime.executors.onnxruntime import COPY_FILE, MODEL_FILE, OnnxruntimeExecutor
-from llmopt.target import BuildContext, LoadOptions, TargetFiles, WeightReader
+from llmopt.runtime.executors.onnxruntime import (
+    COPY_FILE,
+    MODEL_FILE,
+    NATIVE_LIBRARY_FILE,
+    NATIVE_MODEL_FILE,
+    OnnxruntimeExecutor,
+)
+from llmopt.runtime.executors.onnxruntime_session import runs_here
+from llmopt.target import BuildContext, LoadOptions, TargetFiles, WeightReader, WeightStore
 from targets.onnxruntime import rules  # noqa: F401
 from targets.onnxruntime.emitter import Emitter
 from targets.onnxruntime.readers import materialize
@@ -52,7 +61,19 @@ def executor(
     """Build and load."""
     files = build(program, weights, **options)
     store = MemoryStore({name: materialize(reader) for name, reader in files.weights.items()})
-    return OnnxruntimeExecutor(program, files.files[MODEL_FILE], files.files[COPY_FILE], store, load)
+    return loaded(program, files, store, load)
+
+
+def loaded(program: Program, files: TargetFiles, store: WeightStore, load: LoadOptions) -> OnnxruntimeExecutor:
+    """The executor of files in memory, with llmopt's kernels where the build has some."""
+    copier = files.files[COPY_FILE]
+    if NATIVE_LIBRARY_FILE not in files.files:
+        return OnnxruntimeExecutor(program, files.files[MODEL_FILE], copier, store, load)
+    with TemporaryDirectory() as folder:
+        library = Path(folder) / NATIVE_LIBRARY_FILE
+        library.write_bytes(files.files[NATIVE_LIBRARY_FILE])
+        assert runs_here(library), "this machine cannot run the kernels"
+        return OnnxruntimeExecutor(program, files.files[NATIVE_MODEL_FILE], copier, store, load, library)
 
 
 def trace(function: Callable[..., Any], *example: torch.Tensor) -> Program:

@@ -11,7 +11,7 @@ import pytest
 
 from llmopt.errors import TargetError
 from llmopt.registry import load_executor_module
-from llmopt.runtime.executors.onnxruntime import MODEL_FILE
+from llmopt.runtime.executors.onnxruntime import MODEL_FILE, NATIVE_MODEL_FILE
 from tests.targets.models import worst
 from tests.targets.onnxruntime.attention import Attention
 from tests.targets.onnxruntime.build import OPTIONS, build, executor
@@ -46,9 +46,9 @@ TWICE = {
 LENGTHS, PROMPTS = (23, 9, 14), [17, 1, 6]
 
 
-def operators(layer: Attention) -> set[str]:
-    """Operator names of the emitted model."""
-    model = build(layer.program(), layer.readers()).files[MODEL_FILE]
+def operators(layer: Attention, file: str = MODEL_FILE) -> set[str]:
+    """Operator names of an emitted model; none where there is no such file."""
+    model = build(layer.program(), layer.readers()).files.get(file, b"")
     return {node.op_type for node in onnx.load_model_from_string(model).graph.node}
 
 
@@ -63,14 +63,15 @@ def reference(layer: Attention) -> list[Any]:
     return logits(module.ReferenceExecutor(layer.program(), layer.tensors(), OPTIONS))
 
 
-def emitted(layer: Attention) -> Any:
-    return executor(layer.program(), layer.readers())
+def emitted(layer: Attention, native: bool = True) -> Any:
+    return executor(layer.program(), layer.readers(), native_kernels=native)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", [*GROUPED, *STANDARD, *TWICE])
-def test_matches_the_reference(name: str) -> None:
+def test_matches_the_reference(name: str, native: bool) -> None:
     layer = {**GROUPED, **STANDARD, **TWICE}[name]
-    assert worst(logits(emitted(layer)), reference(layer)) <= 1e-5
+    assert worst(logits(emitted(layer, native)), reference(layer)) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -85,24 +86,27 @@ def test_matches_the_reference(name: str) -> None:
     ],
     ids=str,
 )
-def test_every_option_counts(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_every_option_counts(change: dict[str, Any], native: bool) -> None:
     """Negative control: the comparison fails when one option of the layer differs."""
     base = Attention(window=4) if "sink_tokens" in change else Attention()
-    assert worst(logits(emitted(replace(base, **change))), reference(base)) > 1e-3
+    assert worst(logits(emitted(replace(base, **change), native)), reference(base)) > 1e-3
 
 
 def test_kernel_choice() -> None:
-    """GroupQueryAttention where it has a kernel, standard operators elsewhere."""
+    """GroupQueryAttention, in the native form CachedAttention, where it has a kernel; standard operators elsewhere."""
     assert all("GroupQueryAttention" in operators(a) for a in GROUPED.values())
+    assert all("CachedAttention" in operators(a, NATIVE_MODEL_FILE) for a in GROUPED.values())
     assert not any("GroupQueryAttention" in operators(a) for a in STANDARD.values())
+    assert not any(operators(a, NATIVE_MODEL_FILE) for a in STANDARD.values())
 
 
 @pytest.mark.parametrize("name", ["all", "plain"])
-@pytest.mark.parametrize("kind", ["grouped", "standard"])
+@pytest.mark.parametrize("kind", ["native", "grouped", "standard"])
 def test_unwritten_slots_are_not_read(name: str, kind: str) -> None:
     """NaN wherever nothing was written changes nothing."""
-    layer = GROUPED[name] if kind == "grouped" else replace(GROUPED[name], value_dim=8)
-    runner = emitted(layer)
+    layer = replace(GROUPED[name], value_dim=8) if kind == "standard" else GROUPED[name]
+    runner = emitted(layer, native=kind == "native")
     for array in runner.states.memory.arrays.values():  # type: ignore[attr-defined]
         array.fill(np.nan)
     assert worst(logits(runner), reference(layer)) <= 1e-5

@@ -26,7 +26,8 @@ PROGRAM, WEIGHTS = LAYER.program(), LAYER.readers()
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"acuracy_level": 4}, "did you mean accuracy_level"), ({"x": 1}, "only option"),
+    [({"acuracy_level": 4}, "did you mean accuracy_level"), ({"x": 1}, "options are"),
+     ({"native_kernels": 1}, "not true or false"),
      ({"accuracy_level": 2}, "not supported"), ({"accuracy_level": True}, "not supported"),
      ({"accuracy_level": "4"}, "not supported")],
 )  # fmt: skip

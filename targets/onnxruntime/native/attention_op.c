@@ -1,0 +1,86 @@
+/* CachedAttention as an operator: its attributes, inputs and outputs. */
+#include "attention.h"
+
+enum { QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, LENGTHS, LONGEST, COS, SIN, POSITIONS, BIAS, SINKS };
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
+    (void)op;
+    Attention *a;
+    TRY(allocate(api, sizeof(Attention), (void **)&a));
+    *a = (Attention){.api = api};
+    *kernel = a;
+    TRY(api->KernelInfoGetAttribute_int64(info, "num_heads", &a->heads));
+    TRY(api->KernelInfoGetAttribute_int64(info, "kv_num_heads", &a->kv_heads));
+    TRY(api->KernelInfoGetAttribute_int64(info, "local_window_size", &a->window));
+    TRY(api->KernelInfoGetAttribute_int64(info, "rotary_interleaved", &a->interleaved));
+    TRY(api->KernelInfoGetAttribute_float(info, "scale", &a->scale));
+    TRY(api->KernelInfoGetAttribute_float(info, "softcap", &a->softcap));
+    if (a->heads <= 0 || a->kv_heads <= 0 || a->heads % a->kv_heads)
+        return api->CreateStatus(ORT_FAIL, "CachedAttention: num_heads must be a multiple of kv_num_heads");
+    return NULL;
+}
+
+static void destroy(void *kernel) {
+    Attention *a = kernel;
+    release(a->api, a);
+}
+
+/* The state as an output: past and present are one buffer when the caller binds both to it, else past is copied. */
+static OrtStatus *present(const OrtApi *api, OrtContext *context, size_t index, const Tensor *past, float **data) {
+    TRY(make_output(api, context, index, past, (void **)data));
+    const float *from = past->data;
+    if (*data == from) return NULL;
+    const int64_t size = past->dims[0] * past->dims[1] * past->dims[2] * past->dims[3];
+    for (int64_t i = 0; i < size; i++) (*data)[i] = from[i];
+    return NULL;
+}
+
+static OrtStatus *fill(Pass *p, const Tensor *in, const OrtApi *api) {
+    const Attention *a = p->a;
+    const int packed = in[KEY].data == NULL;
+    p->rows = in[QUERY].dims[1];
+    p->width = in[PAST_KEY].dims[3];
+    p->capacity = in[PAST_KEY].dims[2];
+    p->query_stride = in[QUERY].dims[2];
+    p->key_stride = packed ? p->query_stride : in[KEY].dims[2];
+    if (in[QUERY].rank != 3 || in[PAST_KEY].rank != 4 || p->width % 8 || p->width > MAX_WIDTH ||
+        p->query_stride != (a->heads + (packed ? 2 * a->kv_heads : 0)) * p->width || in[PAST_KEY].dims[1] != a->kv_heads)
+        return api->CreateStatus(ORT_FAIL, "CachedAttention: heads must be of one width, a multiple of 8 up to 256");
+    p->query = in[QUERY].data;
+    p->key = packed ? p->query + a->heads * p->width : in[KEY].data;
+    p->value = packed ? p->key + a->kv_heads * p->width : in[VALUE].data;
+    p->lengths = in[LENGTHS].data;
+    p->cos = in[COS].data;
+    p->sin = in[SIN].data;
+    p->rotary = p->cos ? in[COS].dims[1] : 0;
+    p->positions = in[POSITIONS].data;
+    p->sinks = in[SINKS].data;
+    for (int64_t b = 0; b < in[QUERY].dims[0]; b++)
+        if (p->lengths[b] + 1 < p->rows || p->lengths[b] >= p->capacity)
+            return api->CreateStatus(ORT_FAIL, "CachedAttention: a length outside its state");
+    return NULL;
+}
+
+static OrtStatus *compute(void *kernel, OrtContext *context) {
+    const Attention *a = kernel;
+    const OrtApi *api = a->api;
+    Tensor in[MAX_INPUTS];
+    Pass p = {.a = a};
+    for (size_t i = 0; i < MAX_INPUTS; i++) TRY(read_input(api, context, i, &in[i]));
+    TRY(fill(&p, in, api));
+    Tensor shape = {.dims = {in[QUERY].dims[0], p.rows, a->heads * p.width}, .rank = 3};
+    TRY(make_output(api, context, 0, &shape, (void **)&p.out));
+    TRY(present(api, context, 1, &in[PAST_KEY], &p.keys));
+    TRY(present(api, context, 2, &in[PAST_VALUE], &p.values));
+    return p.rows ? run_pass(api, context, &p, in[QUERY].dims[0]) : NULL;
+}
+
+Operator cached_attention = {
+    .abi = {.CreateKernelV2 = create, .KernelComputeV2 = compute, .KernelDestroy = destroy},
+    .name = "CachedAttention",
+    .inputs = MAX_INPUTS,
+    .required = 1,
+    .outputs = 3,
+    .types = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32,
+              ORT_INT32, ORT_FLOAT, ORT_FLOAT, ORT_INT64, ORT_FLOAT, ORT_FLOAT},
+};
