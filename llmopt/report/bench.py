@@ -107,13 +107,15 @@ def describe(artifact: Artifact) -> Row:
 
 
 def summary(recipe: dict[str, Any]) -> str:
-    """A recipe in a few words: compute dtype, and how weights are quantized."""
+    """A recipe in a few words: compute dtype, how weights are quantized, whether llmopt's CPU kernels are left out."""
     words = [recipe["dtype"]]
     for entry in recipe["passes"]:
         options = entry.get("quantize_weights") if isinstance(entry, dict) else None
         if options:
             group = f" g{options['group_size']}" if options.get("group_size") else ""
             words.append(f"{'head ' if options.get('lm_head') else ''}int{options['bits']}{group}")
+    if not (recipe.get("target_options") or {}).get("native_kernels", True):
+        words.append("onnxruntime's kernels")
     return ", ".join(words)
 
 

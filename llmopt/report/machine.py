@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+VECTORS = (("amx_int8", "AMX"), ("avx512_vnni", "AVX512-VNNI"), ("avx512f", "AVX512"), ("avx2", "AVX2"))
+
 
 def cores() -> int:
     """Processors this process may use."""
@@ -56,13 +58,18 @@ def peak_memory() -> int:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The processor's name; on x86 with family, model and widest vectors: virtual machines hide the model's number."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = info.read_text() if info.is_file() else ""
+    first = dict(line.split("\t", 1) for line in text.partition("\n\n")[0].splitlines() if "\t" in line)
+    facts = {key.strip(): value.strip(" \t:") for key, value in first.items()}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in facts:
+        return facts["model name"]
+    flags = facts.get("flags", "").split()
+    vectors = next((name for flag, name in VECTORS if flag in flags), "no AVX2")
+    return f"{facts['model name']} ({facts['cpu family']}/{facts['model']}, {vectors})"
 
 
 def commit() -> str | None:
