@@ -37,6 +37,7 @@ demo: $(STAMP) ## Compile the embedded model, show what was done, generate text 
 check: $(STAMP) ## Format, lint, types, import contracts, fast tests (about three minutes)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror targets/onnxruntime/native/*.[ch]
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/render.py --check

@@ -33,7 +33,8 @@ AVX2 static void append(void *data, size_t item) {
     const int64_t past = p->lengths[batch] + 1 - p->rows;
     for (int64_t r = 0; r < p->rows; r++) {
         const int64_t row = batch * p->rows + r, at = (((int64_t)item) * p->capacity + past + r) * p->width;
-        rotate(p, p->key + row * p->key_stride + head * p->width, p->positions ? p->positions[row] : past + r, p->keys + at);
+        rotate(p, p->key + row * p->key_stride + head * p->width, p->positions ? p->positions[row] : past + r,
+               p->keys + at);
         const float *value = p->value + row * p->key_stride + head * p->width;
         for (int64_t i = 0; i < p->width; i++) p->values[at + i] = value[i];
     }
@@ -87,12 +88,14 @@ AVX2_INLINE float score_block(const Pass *p, const Query *query, const float *ke
 }
 
 /* out[0 .. 8 n) += weights (first to last) times rows of values. */
-AVX2_INLINE void add_values(const float *weights, const float *values, int64_t count, int64_t width, float *out, int n) {
+AVX2_INLINE void add_values(const float *weights, const float *values, int64_t count, int64_t width, float *out,
+                            int n) {
     __m256 sums[8];
     for (int i = 0; i < n; i++) sums[i] = _mm256_loadu_ps(out + 8 * i);
     for (int64_t k = 0; k < count; k++) {
         const __m256 weight = _mm256_set1_ps(weights[k]);
-        for (int i = 0; i < n; i++) sums[i] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(values + k * width + 8 * i), sums[i]);
+        for (int i = 0; i < n; i++)
+            sums[i] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(values + k * width + 8 * i), sums[i]);
     }
     for (int i = 0; i < n; i++) _mm256_storeu_ps(out + 8 * i, sums[i]);
 }
@@ -114,7 +117,8 @@ AVX2_INLINE void take_block(const Pass *p, Query *query, const float *keys, cons
     for (int j = 0; j < 8; j++) query->sum += total[j];
     query->top = top;
     for (int64_t d = 0; d < width; d++) query->out[d] *= keep;
-    const int64_t begin = start > query->first ? start : query->first, end = start + KEYS <= query->last ? start + KEYS : query->last + 1;
+    const int64_t begin = start > query->first ? start : query->first,
+                  end = start + KEYS <= query->last ? start + KEYS : query->last + 1;
     const float *row = values + begin * width, *weight = weights + (begin - start);
     int64_t d = 0;
     for (; d + 64 <= width; d += 64) add_values(weight, row + d, end - begin, width, query->out + d, 8);
@@ -126,7 +130,8 @@ AVX2_INLINE void begin_query(const Pass *p, Query *query, int64_t batch, int64_t
     const int64_t row = batch * p->rows + r, window = p->a->window;
     query->last = p->lengths[batch] + 1 - p->rows + r;
     query->first = window > 0 && query->last >= window ? query->last - window + 1 : 0;
-    rotate(p, p->query + row * p->query_stride + head * p->width, p->positions ? p->positions[row] : query->last, query->q);
+    rotate(p, p->query + row * p->query_stride + head * p->width, p->positions ? p->positions[row] : query->last,
+           query->q);
     query->top = p->sinks ? p->sinks[head] : -__builtin_inff();
     query->sum = p->sinks ? 1 : 0;
     query->to = p->out + (row * p->a->heads + head) * p->width;

@@ -23,7 +23,7 @@ typedef struct Pass {
     int64_t rows, width, capacity, rotary, query_stride, key_stride, tile;
 } Pass;
 
-/* A row and head on its way through the keys first to last: the largest score, the sum and the weighted values so far. */
+/* A row and head on its way through the keys first to last: largest score, sum and weighted values so far. */
 typedef struct Query {
     float q[MAX_WIDTH], out[MAX_WIDTH], top, sum, *to;
     int64_t first, last;
@@ -31,11 +31,12 @@ typedef struct Query {
 
 OrtStatus *run_pass(const OrtApi *api, const OrtContext *context, Pass *p, int64_t batch);
 
-/* exp(x) to about 1e-7 relative for x <= 88; 0 below -87; NaN stays. x = n ln 2 + r, the series of exp(r), times 2^n. */
+/* exp(x) to about 1e-7 relative for x <= 88; 0 below -87; NaN stays. The series of exp(x - n ln 2), times 2^n. */
 AVX2_INLINE __m256 exponentials(__m256 x) {
     const __m256 floor = _mm256_set1_ps(-87.0f);
     const __m256 tiny = _mm256_cmp_ps(x, floor, _CMP_LT_OQ), y = _mm256_max_ps(floor, x);
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(y, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 n =
+        _mm256_round_ps(_mm256_mul_ps(y, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), y); /* ln 2 in two parts, the first exact times n */
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
     __m256 s = _mm256_set1_ps(1.0f / 5040);

@@ -44,7 +44,8 @@ static OrtStatus *fill(Pass *p, const Tensor *in, const OrtApi *api) {
     p->query_stride = in[QUERY].dims[2];
     p->key_stride = packed ? p->query_stride : in[KEY].dims[2];
     if (in[QUERY].rank != 3 || in[PAST_KEY].rank != 4 || p->width % 8 || p->width > MAX_WIDTH ||
-        p->query_stride != (a->heads + (packed ? 2 * a->kv_heads : 0)) * p->width || in[PAST_KEY].dims[1] != a->kv_heads)
+        p->query_stride != (a->heads + (packed ? 2 * a->kv_heads : 0)) * p->width ||
+        in[PAST_KEY].dims[1] != a->kv_heads)
         return api->CreateStatus(ORT_FAIL, "CachedAttention: heads must be of one width, a multiple of 8 up to 256");
     p->query = in[QUERY].data;
     p->key = packed ? p->query + a->heads * p->width : in[KEY].data;
@@ -81,6 +82,6 @@ Operator cached_attention = {
     .inputs = MAX_INPUTS,
     .required = 1,
     .outputs = 3,
-    .types = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32,
-              ORT_INT32, ORT_FLOAT, ORT_FLOAT, ORT_INT64, ORT_FLOAT, ORT_FLOAT},
+    .types = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT,
+              ORT_INT64, ORT_FLOAT, ORT_FLOAT},
 };

@@ -41,13 +41,25 @@ void release(const OrtApi *api, void *data) {
 }
 
 static const char *name_of(const OrtCustomOp *op) { return ((const Operator *)op)->name; }
-static const char *provider(const OrtCustomOp *op) { (void)op; return NULL; }
+static const char *provider(const OrtCustomOp *op) {
+    (void)op;
+    return NULL;
+}
 static int input_type(const OrtCustomOp *op, size_t index) { return ((const Operator *)op)->types[index]; }
 static size_t input_count(const OrtCustomOp *op) { return (size_t)((const Operator *)op)->inputs; }
-static int output_type(const OrtCustomOp *op, size_t index) { (void)op, (void)index; return ORT_FLOAT; }
+static int output_type(const OrtCustomOp *op, size_t index) {
+    (void)op, (void)index;
+    return ORT_FLOAT;
+}
 static size_t output_count(const OrtCustomOp *op) { return (size_t)((const Operator *)op)->outputs; }
-static int memory_type(const OrtCustomOp *op, size_t index) { (void)op, (void)index; return 0; }
-static int output_kind(const OrtCustomOp *op, size_t index) { (void)op, (void)index; return ORT_REQUIRED; }
+static int memory_type(const OrtCustomOp *op, size_t index) {
+    (void)op, (void)index;
+    return 0;
+}
+static int output_kind(const OrtCustomOp *op, size_t index) {
+    (void)op, (void)index;
+    return ORT_REQUIRED;
+}
 static int input_kind(const OrtCustomOp *op, size_t index) {
     return (int)index < ((const Operator *)op)->required ? ORT_REQUIRED : ORT_OPTIONAL;
 }

@@ -5,10 +5,10 @@
  * x is rounded to int8 by blocks of 32 columns with one scale each, max / 127, and codes are multiplied as integers.
  *
  * Weights are packed once, in tiles of 8 rows by 32 columns: a vector holds four columns of eight rows, so that one
- * multiply-add of bytes meets four broadcast columns of x and no sum ever crosses lanes. Products of a 4-bit code and an
- * int8 fit 16 bits eight times over, which is a whole block. 8-bit codes are stored less 128 and multiplied as |code| and
- * x with the code's sign, whose pairs just fit 16 bits.
- * A row's result is the same sequence of operations whatever the number of rows: batches do not change answers.
+ * multiply-add of bytes meets four broadcast columns of x and no sum ever crosses lanes. Products of a 4-bit code and
+ * an int8 fit 16 bits eight times over, which is a whole block. 8-bit codes are stored less 128 and multiplied as
+ * |code| and x with the code's sign, whose pairs just fit 16 bits. A row's result is the same sequence of operations
+ * whatever the number of rows: batches do not change answers.
  *
  * Floor at one row: the weights' bytes over the memory's bandwidth. At eight rows and more: 16-bit multiply-adds,
  * 64 products in two instructions.
@@ -23,14 +23,14 @@ enum { X, CODES, SCALES, ZEROS };
 typedef struct Linear {
     const OrtApi *api;
     int64_t n, k, bits, tiles, blocks, group_blocks, groups;
-    uint8_t *codes;  /* (tiles, blocks, vectors of 32 bytes): four of them at 4 bits, columns 16 to 31 in the high halves */
-    float *scales;   /* (tiles, groups, LANES) */
-    int32_t *zeros;  /* (tiles, groups, LANES), of 8-bit codes less 128, or NULL for 2^(bits - 1) */
+    uint8_t *codes; /* (tiles, blocks, vectors of 32 bytes): at 4 bits columns 16 to 31 are the high halves */
+    float *scales;  /* (tiles, groups, LANES) */
+    int32_t *zeros; /* (tiles, groups, LANES), of 8-bit codes less 128, or NULL for 2^(bits - 1) */
 } Linear;
 
 /* Activations of a call: int8 codes (rows, 32 * blocks), scales and sums of codes (rows, blocks). `starts` are -4 times
- * the sum twice, in 16 bits each: where products of 4-bit codes start when every zero point is 8. Their total fits, since
- * |sum of (code - 4) x over 16 columns - 4 times the rest of x| <= 30480. */
+ * the sum twice, in 16 bits each: where products of 4-bit codes start when every zero point is 8. Their total fits,
+ * since |sum of (code - 4) x over 16 columns - 4 times the rest of x| <= 30480. */
 typedef struct Call {
     const Linear *w;
     const float *x;
@@ -69,7 +69,9 @@ static void pack_groups(const Linear *w, const float *scales, const uint8_t *zer
                 w->scales[at] = row < w->n ? scales[row * w->groups + group] : 0;
                 if (!zeros) continue;
                 const int64_t source = row * row_bytes + (w->bits == 8 ? group : group / 2);
-                w->zeros[at] = row >= w->n ? 0 : w->bits == 8 ? zeros[source] - 128 : zeros[source] >> (4 * (group & 1)) & 15;
+                w->zeros[at] = row >= w->n    ? 0
+                               : w->bits == 8 ? zeros[source] - 128
+                                              : zeros[source] >> (4 * (group & 1)) & 15;
             }
 }
 
@@ -134,7 +136,8 @@ AVX2_INLINE void multiply_8(const uint8_t *tile, const int8_t *x, int64_t stride
 }
 
 /* `rows` rows of y for the 8 columns of a tile. */
-AVX2_INLINE void tile_rows(const Call *c, int64_t tile, int64_t row, int rows, int wide, int has_zeros, float *y, int64_t stride) {
+AVX2_INLINE void tile_rows(const Call *c, int64_t tile, int64_t row, int rows, int wide, int has_zeros, float *y,
+                           int64_t stride) {
     const Linear *w = c->w;
     const int64_t blocks = w->blocks, size = LANES * BLOCK / (wide ? 1 : 2);
     const uint8_t *codes = w->codes + tile * blocks * size;
@@ -151,8 +154,10 @@ AVX2_INLINE void tile_rows(const Call *c, int64_t tile, int64_t row, int rows, i
             const int64_t at = (row + r) * blocks + b;
             product[r] = wide || has_zeros ? _mm256_setzero_si256() : _mm256_set1_epi32(c->starts[at]);
         }
-        if (wide) multiply_8(codes, x, blocks * BLOCK, rows, product);
-        else multiply_4(codes, x, blocks * BLOCK, rows, product);
+        if (wide)
+            multiply_8(codes, x, blocks * BLOCK, rows, product);
+        else
+            multiply_4(codes, x, blocks * BLOCK, rows, product);
         const __m256 scale = _mm256_loadu_ps(scales);
         for (int r = 0; r < rows; r++) {
             const int64_t at = (row + r) * blocks + b;
@@ -176,10 +181,17 @@ AVX2_INLINE void tile_rows(const Call *c, int64_t tile, int64_t row, int rows, i
 AVX2_INLINE void tile_form(const Call *c, int64_t tile, int64_t row, int rows, float *out, int64_t stride) {
     const int form = (c->w->bits == 8) * 2 + (c->w->zeros != NULL);
     switch (form) {
-    case 0: tile_rows(c, tile, row, rows, 0, 0, out, stride); break;
-    case 1: tile_rows(c, tile, row, rows, 0, 1, out, stride); break;
-    case 2: tile_rows(c, tile, row, rows, 1, 0, out, stride); break;
-    default: tile_rows(c, tile, row, rows, 1, 1, out, stride);
+        case 0:
+            tile_rows(c, tile, row, rows, 0, 0, out, stride);
+            break;
+        case 1:
+            tile_rows(c, tile, row, rows, 0, 1, out, stride);
+            break;
+        case 2:
+            tile_rows(c, tile, row, rows, 1, 0, out, stride);
+            break;
+        default:
+            tile_rows(c, tile, row, rows, 1, 1, out, stride);
     }
 }
 
@@ -189,10 +201,17 @@ AVX2 static void tile_at(const Call *c, int64_t tile, int64_t row, int64_t rows)
     const int64_t stride = whole < LANES ? LANES : n;
     float *to = whole < LANES ? edge : out;
     switch (rows) {
-    case 1: tile_form(c, tile, row, 1, to, stride); break;
-    case 2: tile_form(c, tile, row, 2, to, stride); break;
-    case 3: tile_form(c, tile, row, 3, to, stride); break;
-    default: tile_form(c, tile, row, ROWS, to, stride);
+        case 1:
+            tile_form(c, tile, row, 1, to, stride);
+            break;
+        case 2:
+            tile_form(c, tile, row, 2, to, stride);
+            break;
+        case 3:
+            tile_form(c, tile, row, 3, to, stride);
+            break;
+        default:
+            tile_form(c, tile, row, ROWS, to, stride);
     }
     if (whole >= LANES) return;
     for (int64_t r = 0; r < rows && r < ROWS; r++)
@@ -202,11 +221,13 @@ AVX2 static void tile_at(const Call *c, int64_t tile, int64_t row, int64_t rows)
 /* One part of the work: up to ITEM_TILES tiles, rows of x in chunks that stay in the cache beside them. */
 AVX2 static void multiply_item(void *data, size_t item) {
     const Call *c = data;
-    const int64_t first = (int64_t)item * ITEM_TILES, end = first + ITEM_TILES, last = end < c->w->tiles ? end : c->w->tiles;
+    const int64_t first = (int64_t)item * ITEM_TILES, end = first + ITEM_TILES,
+                  last = end < c->w->tiles ? end : c->w->tiles;
     for (int64_t chunk = 0; chunk < c->rows; chunk += CHUNK) {
         const int64_t stop = chunk + CHUNK < c->rows ? chunk + CHUNK : c->rows;
         for (int64_t tile = first; tile < last; tile++)
-            for (int64_t row = chunk; row < stop; row += ROWS) tile_at(c, tile, row, stop - row < ROWS ? stop - row : ROWS);
+            for (int64_t row = chunk; row < stop; row += ROWS)
+                tile_at(c, tile, row, stop - row < ROWS ? stop - row : ROWS);
     }
 }
 
@@ -262,8 +283,10 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
     TRY(allocate(api, sizeof(Linear), (void **)&w));
     *w = (Linear){.api = api};
     OrtStatus *status = fill(w, info);
-    if (status) destroy(w);
-    else *kernel = w;
+    if (status)
+        destroy(w);
+    else
+        *kernel = w;
     return status;
 }
 

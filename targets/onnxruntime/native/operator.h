@@ -7,10 +7,10 @@
 #define AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) static inline
 
 /* Leave the function with the status of a call that failed. */
-#define TRY(call)                                                                                                      \
-    do {                                                                                                               \
-        OrtStatus *status_ = (call);                                                                                   \
-        if (status_) return status_;                                                                                   \
+#define TRY(call)                    \
+    do {                             \
+        OrtStatus *status_ = (call); \
+        if (status_) return status_; \
     } while (0)
 
 /* An operator and the types of its tensors; inputs from `required` on may be absent. */
