@@ -19,9 +19,10 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.soak_requests import KINDS, Outcome, Soak, one, streamed
+from benchmarks.soak_requests import KINDS, REFUSALS, Outcome, Soak, one, refusal, streamed
 from benchmarks.soak_watch import Seen, Watcher
 from llmopt.loadgen.http import HttpPool, parse_url
 from llmopt.report.machine import commit, cores, processor
@@ -39,14 +40,16 @@ WARM = 0.2
 """Share of the run in which memory may still grow."""
 FLAT = 0.03
 DEATH_SECONDS = 2.0
+TICK = 0.05
 RIGHT = {"answered", "refused", "shed", "left"}
 
 
 @contextlib.contextmanager
 def serving(artifact: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of ``artifact`` on a free port: its process and URL."""
+    """A server of ``artifact`` on a free port: its process and URL. Of its log all but the requests is shown."""
     command = [sys.executable, "-m", "llmopt.cli.main", "serve", str(artifact), "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -63,6 +66,18 @@ def serving(artifact: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str]
             process.wait()
         assert process.stdout is not None
         process.stdout.close()
+        log.seek(0)
+        sys.stderr.writelines(line for line in log if '"event": "request"' not in line)
+        log.close()
+
+
+async def within(seconds: float, done: Callable[[], bool]) -> bool:
+    """Whether it is done in time, counted in ticks: while the machine does not let this process run, no time passes."""
+    for _ in range(round(seconds / TICK)):
+        if done():
+            return True
+        await asyncio.sleep(TICK)
+    return done()
 
 
 def engine_of(pid: int) -> int:
@@ -124,14 +139,12 @@ async def kill_engine(soak: Soak, server: subprocess.Popen[str]) -> list[str]:
     flights = [asyncio.create_task(one(soak, lambda s: streamed(s, max_tokens=s.context // 2))) for _ in range(16)]
     await asyncio.sleep(0.1)
     os.kill(engine_of(server.pid), signal.SIGKILL)
-    begun = time.monotonic()
-    _, late = await asyncio.wait(flights, timeout=DEATH_SECONDS)
+    await within(DEATH_SECONDS, lambda: all(task.done() for task in flights))
+    late = [task for task in flights if not task.done()]
     problems = [f"{len(late)} requests did not hear of the engine's death in {DEATH_SECONDS} s"] if late else []
     for task in late:
         task.cancel()
-    while server.poll() is None and time.monotonic() - begun < 20:
-        await asyncio.sleep(0.05)
-    if not server.returncode:
+    if not await within(20, lambda: server.poll() is not None) or not server.returncode:
         problems.append(f"the server's exit code was {server.returncode} after the engine died")
     return problems
 
@@ -149,16 +162,16 @@ def course(values: list[int], points: int = 12) -> list[int]:
 
 
 def judge(
-    outcomes: list[Outcome], seen: Seen, held: dict[str, float], health_ms: float = 50.0
+    outcomes: list[Outcome], seen: Seen, held: dict[str, float], health_ms: float = 50.0, shared: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """(figures, what was wrong)."""
+    """(figures, what was wrong). ``shared``: others use this machine, so what a timer is late is added to the bound."""
     ends = Counter(o.ended for o in outcomes)
     problems = [f"{o.kind} {o.ended}: {o.detail}" for o in outcomes if o.ended not in RIGHT]
     p99 = float(np.percentile(seen.health, 99))
     growth = {name: drift([pair[i] for pair in seen.memory]) for i, name in enumerate(("api", "engine"))}
     problems += [f"/health answered {status}" for status in seen.statuses]
     lag = float(np.percentile(seen.lag, 99))
-    if p99 > health_ms:
+    if p99 > health_ms + lag * shared:
         problems.append(f"p99 of /health is {p99:.1f} ms, over {health_ms:g} (a timer here is {lag:.1f} ms late)")
     problems += [f"memory of the {n} process grew by {g:.1%}" for n, g in growth.items() if g > FLAT]
     problems += [f"{name} is {value:g} at the end" for name, value in held.items() if value]
@@ -179,16 +192,17 @@ def judge(
 async def soak_server(
     url: str, server: subprocess.Popen[str], options: argparse.Namespace
 ) -> tuple[dict[str, Any], list[str]]:
-    """Run everything against a server that is up."""
+    """Run everything against a server that is up, one request of each kind first: no memory is new to it after that."""
     pool = HttpPool(parse_url(url), {"content-type": "application/json"})
     _, cards = await get(pool, "/v1/models")
     context = int(json.loads(cards)["data"][0]["max_model_len"])
     soak = Soak(pool, context, options.vocab_size, random.Random(options.seed))
+    outcomes = [await one(soak, kind) for kind in (*KINDS, *map(refusal, REFUSALS))]
     watcher = Watcher(pool.address.host, pool.address.port, (server.pid, engine_of(server.pid)))
     begun = time.monotonic()
-    outcomes = await run_clients(soak, options.clients, options.requests, options.minutes * 60)
+    outcomes += await run_clients(soak, options.clients, options.requests, options.minutes * 60)
     seconds = time.monotonic() - begun
-    figures, problems = judge(outcomes, watcher.stop(), await rest(pool), options.health_ms)
+    figures, problems = judge(outcomes, watcher.stop(), await rest(pool), options.health_ms, options.shared_machine)
     figures |= {"seconds": round(seconds, 1), "clients": options.clients, "seed": options.seed}
     if options.kill_engine:
         problems += await kill_engine(soak, server)
@@ -207,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, default=1000, help="prompt token ids are below this")
     parser.add_argument("--health-ms", type=float, default=50.0, help="bound on the p99 of /health")
+    parser.add_argument("--shared-machine", action="store_true", help="add to that bound what a timer here is late")
     parser.add_argument("--kill-engine", action="store_true", help="kill the engine at the end")
     parser.add_argument("--append", type=Path, help="append the figures as a row to this JSONL file")
     parser.add_argument("--serve", default="", help="flags for llmopt serve")

@@ -182,29 +182,43 @@ async def _leave(kind: str, work: asyncio.Task[Any]) -> Outcome:
     return Outcome(kind, "left")
 
 
+REFUSALS: dict[str, tuple[Callable[[Soak], Any], int]] = {
+    "malformed": (lambda soak: b'{"prompt": "a", ', 400),
+    "not utf-8": (lambda soak: b'{"prompt": "\xff"}', 400),
+    "deep": (lambda soak: b"[" * 20_000, 400),
+    "unknown field": (lambda soak: {"prompt": "a", "temperatur": 1}, 400),
+    "bad value": (lambda soak: {"prompt": "a", "temperature": -1}, 400),
+    "too long": (lambda soak: {"prompt": [7] * (soak.context + 1)}, 400),
+    "no such token": (lambda soak: {"prompt": [1 << 40], "echo": True}, 400),
+    "too many": (lambda soak: {"prompt": "a", "n": 129}, 400),
+    "another model": (lambda soak: {"prompt": "a", "model": "gpt"}, 404),
+    "too long by far": (lambda soak: {"prompt": "a " * 200_000}, 400),
+    "too large": (lambda soak: b" " * (17 << 20), 413),
+}
+"""Bodies nobody can answer, the rarer the further down, each with the status it must get."""
+
+
 async def refused(soak: Soak) -> Outcome:
-    """Requests nobody can answer: each must get its 4xx."""
-    kinds: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("malformed", b'{"prompt": "a", ', (400,)),
-        ("not utf-8", b'{"prompt": "\xff"}', (400,)),
-        ("deep", b"[" * 20_000, (400,)),
-        ("unknown field", {"prompt": "a", "temperatur": 1}, (400,)),
-        ("bad value", {"prompt": "a", "temperature": -1}, (400,)),
-        ("too long", {"prompt": [7] * (soak.context + 1)}, (400,)),
-        ("no such token", {"prompt": [1 << 40], "echo": True}, (400,)),
-        ("too many", {"prompt": "a", "n": 129}, (400,)),
-        ("another model", {"prompt": "a", "model": "gpt"}, (404,)),
-        ("too large", b" " * (17 << 20), (413,)),
-    ]
-    name, body, statuses = kinds[min(int(soak.rng.expovariate(0.4)), len(kinds) - 1)]
-    try:
-        status, content = await soak.post("/v1/completions", body)
-    except (HttpError, OSError) as error:
-        # a server may close the connection on a body it will not read
-        return Outcome("refused", "refused" if name == "too large" else "lost", f"{name}: {error}")
-    if status in statuses:
-        return Outcome("refused", "refused")
-    return Outcome("refused", "wrong", f"{name}: {status}: {content[:200]!r}")
+    """A request nobody can answer must get its 4xx."""
+    names = list(REFUSALS)
+    return await refusal(names[min(int(soak.rng.expovariate(0.4)), len(names) - 1)])(soak)
+
+
+def refusal(name: str) -> Callable[[Soak], Awaitable[Outcome]]:
+    """The kind that sends one of REFUSALS."""
+    body, wanted = REFUSALS[name]
+
+    async def refused(soak: Soak) -> Outcome:
+        try:
+            status, content = await soak.post("/v1/completions", body(soak))
+        except (HttpError, OSError) as error:
+            # a server may close the connection on a body it will not read
+            return Outcome("refused", "refused" if name == "too large" else "lost", f"{name}: {error}")
+        if status == wanted:
+            return Outcome("refused", "refused")
+        return Outcome("refused", "wrong", f"{name}: {status}: {content[:200]!r}")
+
+    return refused
 
 
 async def duplicate(soak: Soak) -> Outcome:
@@ -251,7 +265,7 @@ async def killed(soak: Soak) -> Outcome:
     )
     assert process.stdout is not None
     await process.stdout.readline()
-    if process.returncode is None:
+    with contextlib.suppress(ProcessLookupError):
         process.kill()
     await process.wait()
     return Outcome("killed", "left")

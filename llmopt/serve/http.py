@@ -16,9 +16,12 @@ from starlette.types import Receive, Scope, Send
 from llmopt.errors import LlmoptError
 from llmopt.serve.errors import ApiError, error_body, error_headers, status_of
 from llmopt.serve.limits import Limits
+from llmopt.serve.memory import return_memory
 
 LARGE = 1 << 18
 """Bytes of a body that is worked on apart: reading 10 MB takes seconds, in which other requests come in."""
+RETURN_SECONDS = 1.0
+"""How long after the last large body its memory goes back to the system: a prompt of 10 MB takes 1.5 GB meanwhile."""
 
 T = TypeVar("T")
 
@@ -38,41 +41,53 @@ class Worker:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._large = ThreadPoolExecutor(1, "large")
+        self._returning: asyncio.TimerHandle | None = None
 
     async def on_body(self, request: Request, work: Callable[[Any], T]) -> T:
         """``work`` on the decoded body. Raises ApiError when the body is too large, late or no JSON, and what ``work``
         raises."""
-        body = await _body(request, self._limits)
-        pool = self._large if len(body) > LARGE else None
-        return await asyncio.get_running_loop().run_in_executor(pool, lambda: work(_decoded(body)))
+        body = bytearray()
+        try:
+            await _receive(request, self._limits, body)
+            pool = self._large if len(body) > LARGE else None
+            return await asyncio.get_running_loop().run_in_executor(pool, lambda: work(_decoded(body)))
+        finally:
+            if len(body) > LARGE:
+                self._return_memory()
+
+    def _return_memory(self) -> None:
+        """Once no large body has come for a while: by then what was made of the last one is gone."""
+        if self._returning is not None:
+            self._returning.cancel()
+        loop = asyncio.get_running_loop()
+        self._returning = loop.call_later(RETURN_SECONDS, loop.run_in_executor, self._large, return_memory)
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    """The body; raises ApiError when it is too large or does not arrive in time."""
-    parts, size, seconds = [], 0, limits.receive_seconds
+async def _receive(request: Request, limits: Limits, body: bytearray) -> None:
+    """Fill ``body``; raises ApiError when it is too large or does not arrive in time."""
+    seconds = limits.receive_seconds
     try:
         async with asyncio.timeout(seconds):
             async for part in request.stream():
-                size += len(part)
-                if size > limits.body_bytes:
+                body += part
+                if len(body) > limits.body_bytes:
                     what = f"the body is larger than {limits.body_bytes} bytes"
                     raise ApiError(what, code="body_too_large", status=413)
-                parts.append(part)
     except TimeoutError as error:
         raise ApiError(f"the body took more than {seconds:g} seconds to arrive", status=408) from error
     except ClientDisconnect as error:
         raise ClientGone from error
-    return b"".join(parts)
 
 
-def _decoded(body: bytes) -> Any:
-    """A body's JSON; raises ApiError."""
+def _decoded(body: bytearray) -> Any:
+    """A body's JSON; raises ApiError, not from the error at hand: that one keeps the whole text."""
     try:
         return json.loads(body.decode())
     except UnicodeDecodeError as error:
-        raise ApiError(f"the body is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+        what = f"the body is not UTF-8: byte {error.start} is {error.object[error.start]:#x}"
     except (ValueError, RecursionError) as error:
-        raise ApiError(f"the body is not JSON: {error}") from error
+        what = f"the body is not JSON: {error}"
+    raise ApiError(what)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:

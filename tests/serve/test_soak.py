@@ -1,8 +1,11 @@
 """A short soak, and that the verdict of a soak can be a bad one."""
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 
-from benchmarks.soak import drift, gauges, judge, main
+from benchmarks.soak import drift, gauges, judge, main, within
 from benchmarks.soak_requests import Outcome
 from benchmarks.soak_watch import Seen
 from llmopt.cli.main import run
@@ -32,7 +35,8 @@ def test_500_requests(embedded_model, tmp_path, capsys):
     ]
     assert run(arguments) == 0
     # machines that run tests are busy: the bound of 50 ms is for a machine of its own
-    code = main([str(artifact), "--requests", "500", "--clients", "32", "--health-ms", "1000", "--kill-engine"])
+    flags = ["--requests", "500", "--clients", "32", "--health-ms", "1000", "--shared-machine", "--kill-engine"]
+    code = main([str(artifact), *flags])
     assert code == 0, capsys.readouterr().err
 
 
@@ -58,6 +62,18 @@ def test_a_request_that_does_not_end_well_is_a_problem(ended):
 )
 def test_what_a_soak_looks_for(saw, held, problem):
     assert judge(GOOD, saw, held)[1] == [problem]
+
+
+def test_a_shared_machine_gets_what_its_timers_are_late():
+    late = replace(seen(health=1200), lag=[300.0] * 80)
+    assert judge(GOOD, late, {}, 1000, shared=True)[1] == []
+    assert judge(GOOD, late, {}, 1000)[1] == ["p99 of /health is 1200.0 ms, over 1000 (a timer here is 300.0 ms late)"]
+    assert judge(GOOD, replace(late, lag=[199.0] * 80), {}, 1000, shared=True)[1]
+
+
+def test_a_death_nobody_hears_of_is_late():
+    assert asyncio.run(within(0.2, lambda: True))
+    assert not asyncio.run(within(0.2, lambda: False))
 
 
 def test_memory_may_grow_while_it_warms_up():
