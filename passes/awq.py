@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -10,35 +10,39 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from llmopt.calibration.experts import Experts, each_expert
+from llmopt.calibration.rounding import best_limits, candidates, output_error, share_of_largest
 from llmopt.calibration.session import Group, Statistics, require_calibration, walk_groups
-from llmopt.calibration.spool import Spooled
+from llmopt.calibration.spool import SavedSet, Spooled
 from llmopt.ir.folding import Folding, find_folding, swap
 from llmopt.ir.module import Module
+from llmopt.ir.ops.activation import ACTIVATIONS
 from llmopt.ir.pass_manager import Pass, PassContext
-from llmopt.ir.quant import Scheme, block_range, round_codes
-from llmopt.ir.sites import Choice, Site, group_of
-from llmopt.ir.weights import Clipped, Weight
+from llmopt.ir.quant import Scheme
+from llmopt.ir.rewrite import arguments
+from llmopt.ir.sites import EXPERTS, Choice, precision_of, routers
+from llmopt.ir.weights import Clipped, Scaled, Stack, Weight
 
-EXPONENTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-SHARES = tuple(1 - i / 80 for i in range(32))
-SWEEPS = 2
+GATE_UP, DOWN = 3, 4  # arguments of llmopt.moe_experts, their biases two further on
 
 
 @dataclass(frozen=True)
 class Awq(Pass):
-    """Matches linears that read one input. Replaces their weights with weights scaled a channel, what makes the input
-    (a norm, the ungated half of a gated product, attention's values) with the inverse, exactly; then, with ``clip``,
-    clips each group of columns. After Lin et al., "AWQ" (2024).
+    """Matches linears and experts that read one input. Replaces their weights with weights scaled a channel, what makes
+    the input (a norm, the ungated half of a gated product, attention's values) with the inverse, exactly; then, with
+    ``clip``, clips each group of columns. After Lin et al., "AWQ" (2024).
 
     Scales favour channels of large activations and small weights, by the exponent whose rounding gives the least error
     of the layers' outputs on calibration text. List quantize_weights or gptq with the same ``bits``, ``group_size`` and
     ``symmetric`` after it: this pass rounds nothing. ``clip``: search each group's limit as well, which changes
-    numerics. ``include``, ``exclude``: as quantize_weights; linears of one input are scaled together or not at all.
+    numerics. ``include``, ``exclude``, ``experts``: as quantize_weights; calls of one input are scaled together or not
+    at all, but for a router, which follows exactly. Each expert has scales and limits by the rows routed to it (few
+    rows: as gptq), and its second matrix scales of its own where the gate is a plain product.
     """
 
     name: ClassVar[str] = "awq"
     calibrates: ClassVar[bool] = True
-    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up")
+    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "override_precision")
 
     bits: int = 4
     group_size: Literal[32, 64, 128] | None = 128
@@ -46,6 +50,7 @@ class Awq(Pass):
     clip: bool = True
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    experts: bool = False
 
     @property
     def changes_numerics(self) -> bool:
@@ -57,119 +62,145 @@ class Awq(Pass):
         require_calibration(self, module, ctx)
 
     def run(self, module: Module, ctx: PassContext) -> int:
-        """One rewrite a group of linears."""
+        """One rewrite a group of calls."""
         where = f"pass {self.name}"
         (function,) = self.served(module)
-        sites = [site for _, site in Choice(where, self.include, self.exclude).sites(module, [function])]
-        schemes = {
-            name: Scheme("int", self.bits, 1, group_of(module, name, self.group_size, where), self.symmetric, ctx.dtype)
-            for site in sites
-            for name in site.weights
-        }
+        choice = Choice(where, self.include, self.exclude, experts=self.experts)
+        sites = [site for _, site in choice.sites(module, [function])]
+        schemes = {name: self._scheme(module, name, ctx) for site in sites for name in site.weights}
         if ctx.calibration is None:
             return 0
-        count = 0
+        exempt, count = routers(function), 0
         for group in walk_groups(self, module, function, sites, ctx.calibration):
-            statistics, chosen = Statistics(group), [schemes[site.weights[0]] for site in group.sites]
+            chosen = [schemes[name] for site in group.sites for name in site.weights]
             folding = find_folding(group.input)
-            foldable = folding is not None and {site.node for site in group.sites}.issuperset(folding.readers)
-            if folding is not None and foldable:
-                self._scale(module, function, group, folding, chosen, statistics)
-            if self.clip:
-                self._clip(module, function, group, chosen, statistics)
-            count += foldable or self.clip
+            if folding is not None and not {site.node for site in group.sites} >= {*folding.readers} - exempt:
+                folding = None
+            work = self._experts if group.sites[0].node.target == EXPERTS else self._linears
+            count += work(module, function, group, chosen, folding)
         return count
 
-    def _scale(
+    def _scheme(self, module: Module, name: str, ctx: PassContext) -> Scheme:
+        bits, block = precision_of(module, name, self.bits, self.group_size, f"pass {self.name}")
+        return Scheme("int", bits, 1, block, self.symmetric, ctx.dtype)
+
+    def _linears(
         self,
         module: Module,
         function: fx.GraphModule,
         group: Group,
-        folding: Folding,
         schemes: list[Scheme],
-        statistics: Statistics,
-    ) -> None:
-        def compute() -> dict[str, Tensor]:
-            weights = [weight_of(module, site).tensor().float() for site in group.sites]
-            scales = candidates(statistics.magnitude, weights, schemes, folding)
-            return {"scale": min(scales, key=lambda s: output_error(statistics.gram, weights, schemes, s))}
+        folding: Folding | None,
+    ) -> bool:
+        """Scale and clip linears of one input; whether anything was done."""
+        statistics = Statistics(group)
 
-        scale = group.saved("scale", compute).tensors()["scale"]
-        folding.apply(module, function, 1 / scale)
-        group.walk.rescale(group.input, 1 / scale)
-        statistics.divide(scale)
+        def scale() -> dict[str, Tensor]:
+            assert folding is not None
+            weights = [argument(module, site.node, 1).tensor().float() for site in group.sites]
+            share = sum((share_of_largest(w, s) * len(w) for w, s in zip(weights, schemes)), torch.zeros(()))
+            tried = candidates(statistics.magnitude, share / sum(map(len, weights)), folding.tie)
+            pairs = list(zip(weights, schemes))
+            errors = [sum(output_error(statistics.gram, w, s, t) for w, s in pairs) for t in tried]
+            return {"scale": tried[errors.index(min(errors))]}
 
-    def _clip(
-        self, module: Module, function: fx.GraphModule, group: Group, schemes: list[Scheme], statistics: Statistics
-    ) -> None:
-        def compute(site: Site, scheme: Scheme) -> dict[str, Tensor]:
-            return {"limits": best_limits(statistics.gram, weight_of(module, site).tensor().float(), scheme)}
+        def limits(node: fx.Node, scheme: Scheme) -> dict[str, Tensor]:
+            return {"limits": best_limits(statistics.gram, argument(module, node, 1).tensor().float(), scheme)}
 
-        for index, (site, scheme) in enumerate(zip(group.sites, schemes)):
-            limits = Spooled(group.saved(f"limits{index}", partial(compute, site, scheme)).path, "limits")
-            swap(module, function, site.node, 1, partial(Clipped, limits=limits))
+        if folding is not None:
+            found = group.saved("scale", scale).tensors()["scale"]
+            fold(module, function, group, folding, found)
+            statistics.divide(found)
+        for index, (site, scheme) in enumerate(zip(group.sites, schemes if self.clip else ())):
+            saved = group.saved(f"limits{index}", partial(limits, site.node, scheme))
+            swap(module, function, site.node, 1, partial(Clipped, limits=Spooled(saved.path, "limits")))
+        return folding is not None or self.clip
+
+    def _experts(
+        self,
+        module: Module,
+        function: fx.GraphModule,
+        group: Group,
+        schemes: list[Scheme],
+        folding: Folding | None,
+    ) -> bool:
+        """Scale and clip the experts of one call, one at a time; whether anything was done."""
+        node, inside = group.sites[0].node, arguments(group.sites[0].node)[7] in ACTIVATIONS
+        if folding is not None:
+            saved = group.saved("scale", lambda: {"scale": shared_scale(module, group, schemes[0], folding)})
+            fold(module, function, group, folding, saved.tensors()["scale"])
+        if not inside and not self.clip:
+            return folding is not None
+        experts, (first, second) = Experts(module, group), (argument(module, node, slot) for slot in (GATE_UP, DOWN))
+
+        def compute(e: int) -> dict[str, Tensor]:
+            found, gate_up, down = {}, matrix(first, e), matrix(second, e)
+            if self.clip:
+                found["limits0"] = best_limits(experts.inputs(e)[0].gram, gate_up, schemes[0])
+                gate_up = Clipped.of(gate_up, found["limits0"])
+            hidden = experts.hidden(e, gate_up)
+            if inside:
+                tried = candidates(hidden.magnitude, share_of_largest(down, schemes[1]))
+                found["inner"] = min(tried, key=lambda t: output_error(hidden.gram, down, schemes[1], t))
+                hidden, down = hidden.divided(found["inner"]), down * found["inner"]
+            if self.clip:
+                found["limits1"] = best_limits(hidden.gram, down, schemes[1])
+            return found
+
+        done = each_expert(experts.count, compute, group)
+        if self.clip:
+            swap(module, function, node, GATE_UP, partial(Clipped, limits=stacked(done, "limits0")))
+        if inside:
+            inner = torch.stack([saved.tensors()["inner"] for saved in done])
+            scale_inside(module, function, node, inner)
+        if self.clip:
+            swap(module, function, node, DOWN, partial(Clipped, limits=stacked(done, "limits1")))
+        return True
 
 
-def weight_of(module: Module, site: Site) -> Weight:
-    """A linear's weight as it is now."""
-    node = site.node.args[1]
-    assert isinstance(node, fx.Node)
-    return module.weights[str(node.target)]
+def fold(module: Module, function: fx.GraphModule, group: Group, folding: Folding, scale: Tensor) -> None:
+    """Divide the group's input by ``scale`` (K,), in the graph and in the activations at hand."""
+    folding.apply(module, function, 1 / scale)
+    for value in folding.values:
+        group.walk.rescale(value, 1 / scale)
 
 
-def candidates(magnitude: Tensor, weights: list[Tensor], schemes: list[Scheme], folding: Folding) -> Iterator[Tensor]:
-    """Scales (K,) to try, ones first: mean |x|^a over the weights' mean share of their group's largest^(1 - a)."""
-    yield torch.ones_like(magnitude)
-    shares = [w.abs() / largest(w, s).repeat_interleave(s.block_k, 1).clamp(min=1e-9) for w, s in zip(weights, schemes)]
-    share = torch.cat(shares).mean(0).clamp(min=1e-4)
-    for exponent in EXPONENTS:
-        scale = folding.tie(magnitude.clamp(min=1e-4).pow(exponent) / share.pow(1 - exponent))
-        yield scale / (scale.max() * scale.min()).sqrt()
+def shared_scale(module: Module, group: Group, scheme: Scheme, folding: Folding) -> Tensor:
+    """The scale (C,) of the input of experts with the least error over all of them, each on its own rows."""
+    experts, weight = Experts(module, group), argument(module, group.sites[0].node, GATE_UP)
+    shares = [share_of_largest(matrix(weight, e), scheme) for e in range(experts.count)]
+    tried = candidates(experts.everyone.magnitude, torch.stack(shares).mean(0), folding.tie)
+    errors = torch.zeros(len(tried), dtype=torch.float64)
+    for e in range(experts.count):
+        gram, values = experts.inputs(e)[0].gram, matrix(weight, e)
+        errors += torch.tensor([output_error(gram, values, scheme, t) for t in tried], dtype=torch.float64)
+    return tried[int(errors.argmin())]
 
 
-def largest(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Largest |w| of each group (N, groups)."""
-    return weight.reshape(len(weight), -1, scheme.block_k).abs().amax(-1)
+def scale_inside(module: Module, function: fx.GraphModule, node: fx.Node, inner: Tensor) -> None:
+    """Multiply the columns of the second matrices by ``inner`` (E, I), divide the ungated rows of the first ones."""
+    rows = torch.cat((torch.ones_like(inner), 1 / inner), 1)
+    swap(module, function, node, GATE_UP, partial(Scaled, axis=1, factor=rows))
+    swap(module, function, node, DOWN, partial(Scaled, axis=2, factor=inner))
+    if arguments(node)[GATE_UP + 2] is not None:
+        swap(module, function, node, GATE_UP + 2, partial(Scaled, axis=1, factor=rows))
 
 
-def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
-    """A weight (N, K) fp32 after rounding to nearest."""
-    rows, columns = weight.shape
-    blocks = weight.reshape(rows, 1, columns // scheme.block_k, scheme.block_k)
-    scale, zero = (part[:, None, :, None] for part in block_range(blocks, scheme))
-    return ((round_codes(blocks, scale, zero, scheme).float() - zero) * scale).reshape(rows, columns)
+def argument(module: Module, node: fx.Node, slot: int) -> Weight:
+    """A call's weight as it is now."""
+    name = node.args[slot]
+    assert isinstance(name, fx.Node)
+    return module.weights[str(name.target)]
 
 
-def output_error(gram: Tensor, weights: list[Tensor], schemes: list[Scheme], scale: Tensor) -> float:
-    """Squared error of the outputs when the scaled weights are rounded; ``gram`` (K, K) of the unscaled inputs."""
-    changes = [rounded(w * scale, scheme) / scale - w for w, scheme in zip(weights, schemes)]
-    return sum(float(((change @ gram) * change).sum(dtype=torch.float64)) for change in changes)
+def matrix(weight: Weight, expert: int) -> Tensor:
+    """An expert's matrix (N, K), fp32."""
+    return weight.read(expert, expert + 1)[0].float()
 
 
-def best_limits(gram: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
-    """Limits (N, groups) of |weight| (N, K) that round to the least output error, ``gram`` (K, K) being the inputs'.
-
-    Groups are chosen in turn, SWEEPS times, each beside the errors of all others: neighbours that err to opposite
-    sides cancel. Never worse than no limits. On eight linears of classics-14m, with 20 shares, it saves 16 to 31% of
-    the error, choosing each group by itself 10 to 22%.
-    """
-    size = scheme.block_k
-    limits, change = largest(weight, scheme), rounded(weight, scheme) - weight
-    full = limits.clone()
-    for _ in range(SWEEPS):
-        for index in range(full.shape[1]):
-            columns = slice(index * size, (index + 1) * size)
-            own, values = gram[columns, columns], weight[:, columns]
-            others = change @ gram[:, columns] - change[:, columns] @ own
-            best = torch.full_like(full[:, index], torch.inf)
-            for share in SHARES:
-                limit = full[:, index] * share
-                found = rounded(values.clamp(-limit[:, None], limit[:, None]), scheme) - values
-                error = ((found @ own + 2 * others) * found).sum(-1)
-                better = error < best
-                best = torch.where(better, error, best)
-                limits[better, index], change[better, columns] = limit[better], found[better]
-    return limits
+def stacked(done: Sequence[SavedSet], name: str) -> Stack:
+    """Saved tensors as one weight, an expert a slice."""
+    return Stack(tuple(Spooled(saved.path, name) for saved in done))
 
 
 PASS = Awq

@@ -9,14 +9,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from llmopt.calibration.experts import Experts, each_expert
 from llmopt.calibration.session import Group, Statistics, require_calibration, walk_groups
-from llmopt.calibration.spool import Spooled
+from llmopt.calibration.spool import Spooled, scalar
 from llmopt.errors import PassError
 from llmopt.ir.module import Module
+from llmopt.ir.ops.linear import dequantize
 from llmopt.ir.pass_manager import Pass, PassContext
 from llmopt.ir.quant import QuantTensor, RoundToNearest, Scheme, block_range, round_codes
 from llmopt.ir.rewrite import sweep
-from llmopt.ir.sites import Choice, Site, layer_name, precision_of, put_codes
+from llmopt.ir.sites import EXPERTS, Choice, Site, layer_name, precision_of, put_codes, require_quantized
+from llmopt.ir.weights import Stack
 
 BLOCK = 128  # columns whose updates to the rest are done in one matmul
 ATTEMPTS = 5  # a Hessian that has no Cholesky factor is damped ten times more, so often
@@ -24,14 +27,15 @@ ATTEMPTS = 5  # a Hessian that has no Cholesky factor is damped ten times more, 
 
 @dataclass(frozen=True)
 class Gptq(Pass):
-    """Matches ``aten.linear`` over a weight. Replaces it with ``llmopt.linear_q``, codes chosen for the least error of
-    the layer's output on calibration text: after Frantar et al., "GPTQ" (2023).
+    """Matches ``aten.linear`` and ``llmopt.moe_experts`` over weights. Replaces them with their quantized forms, codes
+    chosen for the least error of the layer's output on calibration text: after Frantar et al., "GPTQ" (2023).
 
-    ``bits``, ``group_size``, ``symmetric``, ``include``, ``exclude``, ``lm_head``: as quantize_weights. ``act_order``:
-    columns with large activations first. ``static_groups``: scales come from the untouched weights, groups stay in
-    column order and no g_idx is needed at run time; without them, and with ``act_order``, groups follow the order of
-    columns. ``damp``: share of the mean diagonal added to the Hessian's diagonal. Layers are done in order, each on
-    the activations of the quantized ones before it.
+    ``bits``, ``group_size``, ``symmetric``, ``include``, ``exclude``, ``lm_head``, ``experts``, ``routers``: as
+    quantize_weights. ``act_order``: columns with large activations first. ``static_groups``: scales come from the
+    untouched weights, groups stay in column order and no g_idx is needed at run time; without them, and with
+    ``act_order``, groups follow the order of columns. ``damp``: share of the mean diagonal added to the Hessian's
+    diagonal. Layers are done in order, each on the activations of the quantized ones before it, each expert on the
+    rows routed to it; ``Experts`` says what those with few rows are fitted to, and report.json which these are.
     """
 
     name: ClassVar[str] = "gptq"
@@ -48,6 +52,8 @@ class Gptq(Pass):
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     lm_head: bool = False
+    experts: bool = False
+    routers: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
@@ -55,35 +61,36 @@ class Gptq(Pass):
 
     def requires(self, module: Module, ctx: PassContext) -> None:
         """The target runs codes of this width; there is calibration text and one function without states."""
-        if self.bits not in ctx.target.quant_bits:
-            known = ", ".join(map(str, ctx.target.quant_bits)) or "none"
-            what = f"target {ctx.target.name} has no {self.bits}-bit weights"
-            raise PassError(what, where=f"pass {self.name}", hint=f"it has: {known}")
+        require_quantized(ctx.target, (self.bits,), self.experts, f"pass {self.name}")
         require_calibration(self, module, ctx)
 
     def run(self, module: Module, ctx: PassContext) -> int:
-        """One rewrite a linear."""
-        where = f"pass {self.name}"
+        """One rewrite a call."""
         (function,) = self.served(module)
-        choice = Choice(where, self.include, self.exclude, self.lm_head)
+        choice = Choice(f"pass {self.name}", self.include, self.exclude, self.lm_head, self.experts, self.routers)
         sites = [site for _, site in choice.sites(module, [function])]
-        schemes = {site.weights[0]: self._scheme(module, site.weights[0], ctx) for site in sites}
+        schemes = {name: self._scheme(module, name, site, ctx) for site in sites for name in site.weights}
         if ctx.calibration is None:
             for site in sites:
                 put_codes(module, function, site, self._shapes(module, site, schemes))
         else:
             made: dict[str, QuantTensor] = {}
             for group in walk_groups(self, module, function, sites, ctx.calibration):
-                made |= self._solve(module, group, schemes, made)
+                work = self._experts if group.sites[0].node.target == EXPERTS else self._linears
+                made |= work(module, group, schemes, made)
                 for site in group.sites:
                     put_codes(module, function, site, made)
         sweep(function)
         module.prune_weights()
         return len(sites)
 
-    def _scheme(self, module: Module, name: str, ctx: PassContext) -> Scheme:
-        bits, block = precision_of(module, name, self.bits, self.group_size, f"pass {self.name}")
+    def _scheme(self, module: Module, name: str, site: Site, ctx: PassContext) -> Scheme:
+        where = f"pass {self.name}"
+        bits, block = precision_of(module, name, self.bits, self.group_size, where)
         permuted = self.permuted and block < module.weights[name].shape[-1]
+        if permuted and site.node.target == EXPERTS:
+            place = f"{where}, layer {layer_name(module, name)}"
+            raise PassError("experts have no g_idx", where=place, hint="static_groups: true, or act_order: false")
         return Scheme("int", bits, 1, block, self.symmetric, ctx.dtype, permuted)
 
     @property
@@ -93,10 +100,9 @@ class Gptq(Pass):
 
     def _shapes(self, module: Module, site: Site, schemes: dict[str, Scheme]) -> dict[str, QuantTensor]:
         """Stand-ins that no one will read, for a build of shapes alone."""
-        (name,) = site.weights
-        return {name: RoundToNearest(name, module.weights[name], schemes[name]).tensor()}
+        return {name: RoundToNearest(name, module.weights[name], schemes[name]).tensor() for name in site.weights}
 
-    def _solve(
+    def _linears(
         self, module: Module, group: Group, schemes: dict[str, Scheme], made: dict[str, QuantTensor]
     ) -> dict[str, QuantTensor]:
         """The tensors of a group's weights that are not made yet."""
@@ -104,10 +110,8 @@ class Gptq(Pass):
         statistics = Statistics(group)
 
         def compute(name: str) -> dict[str, Tensor]:
-            values = module.weights[name].tensor().float()
-            if not bool(values.isfinite().all()):
-                raise PassError("weights hold NaN or infinity", where=f"pass gptq, layer {layer_name(module, name)}")
-            return solve(values, statistics.gram, schemes[name], self.act_order, self.static_groups, self.damp)
+            values = finite(module.weights[name].tensor().float(), layer_name(module, name))
+            return self._solve(values, statistics.gram, schemes[name])
 
         for name in dict.fromkeys(site.weights[0] for site in group.sites):
             if name not in made:
@@ -116,6 +120,52 @@ class Gptq(Pass):
                 codes = replace(parts["codes"], made_from=module.weights[name].parts())
                 found[name] = QuantTensor(codes, parts["scales"], parts.get("zeros"), parts.get("g_idx"), schemes[name])
         return found
+
+    def _experts(
+        self, module: Module, group: Group, schemes: dict[str, Scheme], made: dict[str, QuantTensor]
+    ) -> dict[str, QuantTensor]:
+        """The two tensors of a call's experts, solved one expert at a time."""
+        names, experts = group.sites[0].weights, Experts(module, group)
+        schemes_of = [schemes[name] for name in names]
+
+        def compute(e: int) -> dict[str, Tensor]:
+            place = f"{group.layer}, expert {e}"
+            first, second = (finite(module.weights[n].read(e, e + 1)[0].float(), place) for n in names)
+            moments, rows = experts.inputs(e)
+            gate_up = self._solve(first, moments.gram, schemes_of[0])
+            hidden = experts.hidden(e, values_of(gate_up, schemes_of[0]))
+            down = self._solve(second, hidden.gram, schemes_of[1])
+            both = {f"{i}.{kind}": part for i, parts in enumerate((gate_up, down)) for kind, part in parts.items()}
+            return both | {"rows": scalar(rows)}
+
+        saved = each_expert(experts.count, compute, group)
+        rows = [int(found.tensor("rows")) for found in saved]
+        module.notes.setdefault(self.name, {"experts": []})["experts"].append(experts.note(rows))
+
+        def part(i: int, kind: str) -> Stack:
+            return Stack(tuple(Spooled(found.path, f"{i}.{kind}") for found in saved))
+
+        return {
+            name: QuantTensor(
+                part(i, "codes"), part(i, "scales"), None if scheme.symmetric else part(i, "zeros"), None, scheme
+            )
+            for i, (name, scheme) in enumerate(zip(names, schemes_of))
+        }
+
+    def _solve(self, values: Tensor, gram: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+        return solve(values, gram, scheme, self.act_order, self.static_groups, self.damp)
+
+
+def values_of(parts: dict[str, Tensor], scheme: Scheme) -> Tensor:
+    """The matrix (N, K) fp32 that codes, scales and zeros stand for."""
+    return dequantize(parts["codes"], parts["scales"], parts.get("zeros"), None, "int", scheme.bits, 1, scheme.block_k)
+
+
+def finite(values: Tensor, layer: str) -> Tensor:
+    """The values; raises PassError naming the layer for NaN and infinity."""
+    if not bool(values.isfinite().all()):
+        raise PassError("weights hold NaN or infinity", where=f"pass gptq, layer {layer}")
+    return values
 
 
 def solve(

@@ -13,15 +13,15 @@ from llmopt.errors import PassError
 from llmopt.ir.module import Module
 from llmopt.ir.ops.rounding import LIMITS
 from llmopt.ir.pass_manager import Pass, PassContext
-from llmopt.ir.rewrite import arguments, call, dialect
-from llmopt.ir.sites import LINEAR_Q, Site, by_input, matches, nearest
+from llmopt.ir.rewrite import call, dialect
+from llmopt.ir.sites import CODES, Site, by_input, matches, nearest, quantized_names
 from llmopt.ir.weights import Constant, checkpoint_names
 
 
 @dataclass(frozen=True)
 class QuantizeActivations(Pass):
-    """Matches ``llmopt.linear_q``. Replaces its input with ``llmopt.round_activations`` of it, once for linears that
-    share it.
+    """Matches ``llmopt.linear_q`` and ``llmopt.moe_experts_q``. Replaces their input with ``llmopt.round_activations``
+    of it, once for calls that share it. What passes between an expert's two matrices is not rounded.
 
     ``format``: int8 or fp8_e4m3. ``scale``: ``token``, each row by its own largest value, or ``tensor``, one scale by
     the largest value on calibration text. ``exclude``: glob patterns over the checkpoint's tensor names.
@@ -67,8 +67,8 @@ class QuantizeActivations(Pass):
         return count
 
     def _sites(self, module: Module, function: fx.GraphModule) -> list[Site]:
-        nodes = list(function.graph.find_nodes(op="call_function", target=LINEAR_Q))
-        stems = {node: str(arguments(node)[1].target).removesuffix(".codes") for node in nodes}
+        nodes = [n for n in function.graph.nodes if n.target in CODES]
+        stems = {node: quantized_names(node)[0] for node in nodes}
         names = {node: checkpoint_names(stem, module.weights[f"{stem}.codes"]) for node, stem in stems.items()}
         everything = sorted({name for found in names.values() for name in found})
         for pattern in self.exclude:

@@ -10,7 +10,7 @@ from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import Pass, PassContext
 from llmopt.ir.quant import QuantTensor, RoundToNearest, Scheme
 from llmopt.ir.rewrite import sweep
-from llmopt.ir.sites import Choice, group_of, layer_name, precision_of, put_codes
+from llmopt.ir.sites import Choice, group_of, layer_name, precision_of, put_codes, require_quantized
 
 FP8_BLOCK = 128  # rows and columns of a block, as DeepSeek-V3 stores them
 
@@ -25,7 +25,7 @@ class QuantizeWeights(Pass):
     ``channel``, a ``tensor``, or ``blocks`` of 128×128. ``include`` and ``exclude``: glob patterns over the
     checkpoint's tensor names, also inside fused weights; ``.weight`` may be left out. ``lm_head``: quantize the layer
     that makes the logits too. ``experts``: also the experts of ``llmopt.moe_experts``, which become
-    ``llmopt.moe_experts_q``.
+    ``llmopt.moe_experts_q``. ``routers``: also the linears that choose experts.
     """
 
     name: ClassVar[str] = "quantize_weights"
@@ -41,6 +41,7 @@ class QuantizeWeights(Pass):
     exclude: tuple[str, ...] = ()
     lm_head: bool = False
     experts: bool = False
+    routers: bool = False
 
     def __post_init__(self) -> None:
         if self.format != "int" and (self.bits != 8 or self.group_size is not None or not self.symmetric):
@@ -51,20 +52,14 @@ class QuantizeWeights(Pass):
     def requires(self, module: Module, ctx: PassContext) -> None:
         """The target runs codes of this width, and quantized experts when they are asked for."""
         where, target = f"pass {self.name}", ctx.target
-        if self.bits not in target.quant_bits:
-            known = ", ".join(map(str, target.quant_bits)) or "none"
-            raise PassError(
-                f"target {target.name} has no {self.bits}-bit weights", where=where, hint=f"it has: {known}"
-            )
+        require_quantized(target, (self.bits,), self.experts, where)
         if self.format not in target.quant_formats:
             known = ", ".join(target.quant_formats)
             raise PassError(f"target {target.name} has no {self.format} weights", where=where, hint=f"it has: {known}")
-        if self.experts and not target.quant_experts:
-            raise PassError(f"target {target.name} has no quantized experts", where=where, hint="experts: false")
 
     def run(self, module: Module, ctx: PassContext) -> int:
         """One rewrite a call."""
-        choice = Choice(f"pass {self.name}", self.include, self.exclude, self.lm_head, self.experts)
+        choice = Choice(f"pass {self.name}", self.include, self.exclude, self.lm_head, self.experts, self.routers)
         sites = choice.sites(module, self.served(module))
         names = dict.fromkeys(name for _, site in sites for name in site.weights)
         tensors = {name: self._tensor(name, module, ctx) for name in names}

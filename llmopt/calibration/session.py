@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
+from llmopt.calibration.moments import Moments, measure
 from llmopt.calibration.spool import SavedSet, Spool
 from llmopt.calibration.walk import Walk
 from llmopt.errors import PassError
@@ -30,7 +30,7 @@ def require_calibration(pass_: Pass, module: Module, ctx: PassContext) -> None:
 
 @dataclass
 class Group:
-    """Linears that read one input, with the walk standing before the first of them."""
+    """Linears that read one input, or one call of experts, with the walk standing before the first of them."""
 
     index: int
     sites: list[Site]
@@ -39,16 +39,13 @@ class Group:
 
     @property
     def input(self) -> fx.Node:
-        """What the linears read, (1, T, K)."""
+        """What they read, (..., T, K)."""
         return self.sites[0].input
 
     def rows(self) -> Iterator[Tensor]:
         """The input's rows (T, K), fp32, window by window. Raises PassError naming the layer for NaN and infinity."""
         for value in self.walk.values(self.input):
-            rows = value.reshape(-1, value.shape[-1]).float()
-            if not bool(rows.isfinite().all()):
-                raise PassError("the activations hold NaN or infinity", where=f"calibration, layer {self.layer}")
-            yield rows
+            yield require_finite(value.reshape(-1, value.shape[-1]).float(), self.layer)
 
     def saved(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> SavedSet:
         """A named result of this group, computed unless an earlier run left it."""
@@ -80,40 +77,42 @@ def walk_groups(
 
 
 class Statistics:
-    """What a group's inputs are like, over all windows: computed in one reading, when first asked for."""
+    """Moments of a group's inputs over all windows: computed in one reading, when first asked for."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self._found: tuple[Tensor, Tensor, Tensor] | None = None
+        self._found: Moments | None = None
+
+    @property
+    def moments(self) -> Moments:
+        """Of the input's K channels."""
+        if self._found is None:
+            self._found = measure(self.group.rows(), int(self.group.input.meta["val"].shape[-1]))
+        return self._found
 
     @property
     def gram(self) -> Tensor:
         """Sum of x xᵀ over rows, (K, K) fp32."""
-        return self._all()[0]
+        return self.moments.gram
 
     @property
     def magnitude(self) -> Tensor:
         """Mean |x| of each channel, (K,)."""
-        return self._all()[1]
+        return self.moments.magnitude
 
     @property
     def largest(self) -> Tensor:
         """Largest |x| of each channel, (K,)."""
-        return self._all()[2]
+        return self.moments.largest
 
     def divide(self, scale: Tensor) -> None:
         """Follow a rescaling of the group's input by 1 / ``scale`` (K,)."""
         if self._found is not None:
-            gram, magnitude, largest = self._found
-            self._found = gram / torch.outer(scale, scale), magnitude / scale, largest / scale
+            self._found = self._found.divided(scale)
 
-    def _all(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self._found is None:
-            total, sums, most, count = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
-            for x in self.group.rows():
-                magnitude = x.abs()
-                total = total.addmm_(x.T, x) if count else x.T @ x
-                sums, most = sums + magnitude.sum(0), torch.maximum(most, magnitude.amax(0))
-                count += len(x)
-            self._found = total, sums / count, most
-        return self._found
+
+def require_finite(rows: Tensor, layer: str) -> Tensor:
+    """The rows; raises PassError naming the layer for NaN and infinity."""
+    if not bool(rows.isfinite().all()):
+        raise PassError("the activations hold NaN or infinity", where=f"calibration, layer {layer}")
+    return rows

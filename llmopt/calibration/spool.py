@@ -55,6 +55,12 @@ class SavedSet:
         with safe_open(self.path, framework="pt") as opened:
             return sorted(opened.keys())
 
+    def tensor(self, name: str) -> Tensor:
+        """One of them."""
+        with safe_open(self.path, framework="pt") as opened:
+            found: Tensor = opened.get_tensor(name)
+        return found
+
     def tensors(self) -> dict[str, Tensor]:
         """All of them."""
         return load_file(self.path)

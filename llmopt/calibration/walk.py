@@ -67,7 +67,7 @@ class Walk:
             yield (value * self.factors[node]).to(value.dtype) if node in self.factors else value
 
     def rescale(self, node: fx.Node, factor: Tensor) -> None:
-        """Multiply a value that the stop needs, because what made it was rewritten to give so much more."""
+        """Multiply a value, if the stop needs it, because what made it was rewritten to give so much more."""
         if self.current:
             self.factors[node] = factor
 
@@ -118,8 +118,8 @@ class Walk:
             for name in list(opened.keys()):
                 tensors.setdefault(by_name[name.split("|")[0]], {})[name] = opened.get_tensor(name)
         values = {node: restore(node, found) for node, found in tensors.items()}
-        for node, factor in self.factors.items():
-            values[node] = (values[node] * factor).to(values[node].dtype)
+        for node in values.keys() & self.factors.keys():
+            values[node] = (values[node] * self.factors[node]).to(values[node].dtype)
         return values
 
     def _before(self, last: fx.Node | None) -> list[fx.Node]:

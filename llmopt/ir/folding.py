@@ -1,4 +1,4 @@
-"""Moves a scale a channel from the input of linears into their weights; what made the input takes the inverse."""
+"""Moves a scale a channel from the input of linears and experts into their weights; its maker takes the inverse."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.ir.module import Module
-from llmopt.ir.rewrite import arguments, aten, dialect, is_weight
+from llmopt.ir.rewrite import arguments, aten, dialect, is_weight, same_dim
 from llmopt.ir.weights import Scaled, Weight
 
-LINEAR = aten.linear.default
+LINEAR, EXPERTS = aten.linear.default, dialect.moe_experts.default
+COLUMNS = {LINEAR: 1, EXPERTS: 3}
+"""Argument of a reader whose columns meet its first argument's channels."""
 SPLITS = (aten.split_with_sizes.default, aten.split.Tensor)
 GATES = (aten.silu.default, aten.gelu.default, aten.relu.default)
 VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
@@ -40,14 +42,15 @@ class Edit:
 
 @dataclass(frozen=True)
 class Folding:
-    """How to scale the input of linears: ``edits`` multiply what makes it, ``readers`` divide their columns.
+    """How to scale the input of some calls: ``edits`` multiply what makes it, ``readers`` divide their columns.
 
-    ``heads``: (query heads, KV heads) when the input is attention's result. Query heads that share a KV head must
-    then share their factors, as ``tie`` sees to.
+    ``values``: the input and its views, which all change. ``heads``: (query heads, KV heads) when the input is
+    attention's result. Query heads that share a KV head must then share their factors, as ``tie`` sees to.
     """
 
     edits: tuple[Edit, ...]
     readers: tuple[fx.Node, ...]
+    values: tuple[fx.Node, ...]
     heads: tuple[int, int] | None = None
 
     def tie(self, factor: Tensor) -> Tensor:
@@ -70,28 +73,46 @@ class Folding:
             full[edit.start : edit.stop] = made
             swap(module, function, edit.call, edit.slot, partial(Scaled, axis=0, factor=full, offset=edit.offset))
         for reader in self.readers:
-            swap(module, function, reader, 1, partial(Scaled, axis=-1, factor=1 / factor))
+            swap(module, function, reader, COLUMNS[reader.target], partial(Scaled, axis=-1, factor=1 / factor))
 
 
 def find_folding(source: fx.Node) -> Folding | None:
-    """How the input of some linears can be scaled; None when something else reads it or its origin is no match.
+    """How the input of some calls can be scaled; None when something else reads it or its origin is no match.
 
     Origins: a norm with a weight; a linear; a gated product, through its ungated half; attention, through its values.
     """
-    readers = tuple(readers_of(source))
-    if not all(n.target is LINEAR and n.args[0] is source and is_weight(n.args[1]) for n in readers):
-        return None
+    while (viewed := viewed_rows(source)) is not None:
+        source = viewed
+    readers: list[fx.Node] = []
+    values = [source]
+    for value in values:
+        for user in readers_of(value):
+            if viewed_rows(user) is value:
+                values.append(user)
+            elif not (user.target in COLUMNS and user.args[0] is value and is_weight(user.args[COLUMNS[user.target]])):
+                return None
+            else:
+                readers.append(user)
+    found = tuple(sorted(readers)), tuple(values)
     if (edits := norm_edits(source)) is not None:
-        return Folding(edits, readers)
+        return Folding(edits, *found)
     attended = through_views(source)
     if attended.target is dialect.attention.default:
-        values = attended.args[2]
-        assert isinstance(values, fx.Node)
-        edits = row_edits(values, attended)
-        heads = (int(attended.meta["val"].shape[2]), int(values.meta["val"].shape[1]))
-        return None if edits is None else Folding(edits, readers, heads)
+        values_of = attended.args[2]
+        assert isinstance(values_of, fx.Node)
+        edits = row_edits(values_of, attended)
+        heads = (int(attended.meta["val"].shape[2]), int(values_of.meta["val"].shape[1]))
+        return None if edits is None else Folding(edits, *found, heads)
     edits = product_edits(source)
-    return None if edits is None else Folding(edits, readers)
+    return None if edits is None else Folding(edits, *found)
+
+
+def viewed_rows(node: fx.Node) -> fx.Node | None:
+    """What a node views with all channels kept in the last dim; None when it is no such view."""
+    source = node.args[0] if node.target in VIEWS else None
+    if not isinstance(source, fx.Node):
+        return None
+    return source if same_dim(source.meta["val"].shape[-1], node.meta["val"].shape[-1]) else None
 
 
 def norm_edits(node: fx.Node) -> tuple[Edit, ...] | None:

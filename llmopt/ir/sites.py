@@ -11,13 +11,17 @@ import torch
 from torch import fx
 
 from llmopt.errors import PassError
+from llmopt.ir.linears import source_linear
 from llmopt.ir.module import Module, Precision
 from llmopt.ir.quant import QuantTensor
 from llmopt.ir.rewrite import arguments, aten, copy_graph, dialect
 from llmopt.ir.weights import checkpoint_names
+from llmopt.target import TargetInfo
 
 LINEAR, LINEAR_Q = aten.linear.default, dialect.linear_q.default
 EXPERTS, EXPERTS_Q = dialect.moe_experts.default, dialect.moe_experts_q.default
+CODES = {LINEAR_Q: (1,), EXPERTS_Q: (3, 6)}
+"""Arguments of a quantized call that are codes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Site:
 class Choice:
     """Glob patterns over the checkpoint's tensor names (``.weight`` may be left out); ``where`` is blamed in errors.
 
-    ``lm_head``: the linear that makes the logits too. ``experts``: those of ``llmopt.moe_experts`` too.
+    ``lm_head``: the linear that makes the logits too. ``experts``: those of ``llmopt.moe_experts`` too. ``routers``:
+    the linears that choose experts too, whose rounding changes which of them run.
     """
 
     where: str
@@ -47,6 +52,7 @@ class Choice:
     exclude: tuple[str, ...] = ()
     lm_head: bool = False
     experts: bool = False
+    routers: bool = False
 
     def sites(self, module: Module, functions: Iterable[fx.GraphModule]) -> list[tuple[fx.GraphModule, Site]]:
         """The chosen calls in program order.
@@ -66,10 +72,12 @@ class Choice:
         return chosen
 
     def _candidates(self, module: Module, function: fx.GraphModule) -> Iterator[Site]:
-        head = None if self.lm_head else logits_linear(function)
+        left = set() if self.routers else routers(function)
+        if not self.lm_head and (head := logits_linear(function)) is not None:
+            left.add(head)
         for node in function.graph.nodes:
             slots = {LINEAR: slice(1, 2), EXPERTS: slice(3, 5)}.get(node.target)
-            if slots is None or node is head or (node.target == EXPERTS and not self.experts):
+            if slots is None or node in left or (node.target == EXPERTS and not self.experts):
                 continue
             weights = arguments(node)[slots]
             if all(w.op == "get_attr" for w in weights):
@@ -81,7 +89,7 @@ class Choice:
         names = {weight: checkpoint_names(weight, module.weights[weight]) for weight in sorted(weights)}
         everything = sorted({name for found in names.values() for name in found})
         if not everything:
-            hint = "weights that are quantized already, and an LM head not asked for, are left out"
+            hint = "weights that are quantized already, routers and an LM head not asked for, are left out"
             raise PassError("no layer is left to quantize", where=self.where, hint=hint)
         for pattern in (*self.include, *self.exclude):
             if not any(matches(name, (pattern,)) for name in everything):
@@ -97,6 +105,16 @@ class Choice:
             if chosen:
                 wanted.add(weight)
         return wanted
+
+
+def require_quantized(target: TargetInfo, bits: Iterable[int], experts: bool, where: str) -> None:
+    """Raise PassError unless the target runs codes of these widths, and quantized experts when they are asked for."""
+    if missing := [b for b in bits if b not in target.quant_bits]:
+        known = ", ".join(map(str, target.quant_bits)) or "none"
+        what = f"target {target.name} has no {missing[0]}-bit weights"
+        raise PassError(what, where=where, hint=f"it has: {known}")
+    if experts and not target.quant_experts:
+        raise PassError(f"target {target.name} has no quantized experts", where=where, hint="experts: false")
 
 
 def layer_name(module: Module, weight: str) -> str:
@@ -121,10 +139,10 @@ def precision_of(module: Module, weight: str, bits: int, group_size: int | None,
 
 
 def by_input(sites: Sequence[Site]) -> list[list[Site]]:
-    """Linears grouped by the activations they read, in the order of each group's first call."""
+    """Linears grouped by the activations they read, in the order of each group's first call; experts by themselves."""
     groups: dict[fx.Node, list[Site]] = {}
     for site in sites:
-        groups.setdefault(site.input, []).append(site)
+        groups.setdefault(site.node if site.node.target == EXPERTS else site.input, []).append(site)
     return sorted(groups.values(), key=lambda group: group[0].node)
 
 
@@ -157,7 +175,7 @@ def put_codes(module: Module, function: fx.GraphModule, site: Site, tensors: Map
 
 
 def restored(module: Module, keep: Collection[str]) -> Module:
-    """A copy whose quantized linears, but those over the weights ``keep``, read what they were made of again, and
+    """A copy whose quantized calls, but those over the weights ``keep``, read what they were made of again, and
     unrounded activations."""
     functions = {}
     for name, function in module.functions.items():
@@ -165,18 +183,27 @@ def restored(module: Module, keep: Collection[str]) -> Module:
         functions[name].graph = copy_graph(function.graph)
     copy = replace(module, functions=functions, weights=dict(module.weights))
     for function in functions.values():
-        for node in function.graph.find_nodes(op="call_function", target=LINEAR_Q):
-            given = arguments(node)
-            name = str(given[1].target).removesuffix(".codes")
-            if name in keep or name not in module.originals:
+        for node in [n for n in function.graph.nodes if n.target in CODES]:
+            given, names = arguments(node), quantized_names(node)
+            if not set(names).isdisjoint(keep) or not set(names) <= module.originals.keys():
                 continue
-            weight = copy.weight_node(function, name, module.originals[name])
+            weights = [copy.weight_node(function, name, module.originals[name]) for name in names]
+            first = unrounded(given[0])
             with function.graph.inserting_before(node):
-                plain = function.graph.call_function(LINEAR, (unrounded(given[0]), weight, given[4]))
+                if node.target == LINEAR_Q:
+                    plain = function.graph.call_function(LINEAR, (first, *weights, given[4]))
+                else:
+                    plain = function.graph.call_function(EXPERTS, (first, *given[1:3], *weights, *given[9:12]))
             plain.meta = dict(node.meta)
             node.replace_all_uses_with(plain)
             function.graph.erase_node(node)
     return copy
+
+
+def quantized_names(node: fx.Node) -> tuple[str, ...]:
+    """Names of the weights a quantized call's codes were made of."""
+    given = arguments(node)
+    return tuple(str(given[slot].target).removesuffix(".codes") for slot in CODES[node.target])
 
 
 def unrounded(source: fx.Node) -> fx.Node:
@@ -193,6 +220,13 @@ def nearest(pattern: str, names: list[str]) -> str:
     """A hint: the name nearest to a pattern."""
     near = difflib.get_close_matches(pattern.strip("*."), names, n=1, cutoff=0.3)
     return f"did you mean {near[0]!r}?" if near else f"there are {len(names)} layers, such as {names[:1]}"
+
+
+def routers(function: fx.GraphModule) -> set[fx.Node]:
+    """The linears whose results choose the experts of a call."""
+    calls = [node for op in (EXPERTS, EXPERTS_Q) for node in function.graph.find_nodes(op="call_function", target=op)]
+    found = {source_linear(arguments(node)[1]) for node in calls}
+    return {node for node in found if node is not None and node.target == LINEAR}
 
 
 def logits_linear(function: fx.GraphModule) -> fx.Node | None:

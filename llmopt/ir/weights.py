@@ -189,7 +189,8 @@ class Sliced(Weight):
 
 @dataclass(frozen=True)
 class Scaled(Weight):
-    """``(weight + offset) * factor - offset``, in the weight's dtype; ``factor`` (n,) runs along one axis.
+    """``(weight + offset) * factor - offset``, in the weight's dtype; ``factor`` (n,) runs along one axis, or (E, n),
+    one row an expert, along one of its matrices'.
 
     Exact but for one rounding to the dtype. ``offset``: what a norm adds to its weight before it multiplies.
     """
@@ -200,15 +201,20 @@ class Scaled(Weight):
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.factor.shape != (self.source.shape[self.axis],):
+        lead = self.source.shape[:1] if self.factor.dim() == 2 else ()
+        if self.factor.shape != (*lead, self.source.shape[self.axis]):
             raise ValueError(f"{tuple(self.factor.shape)} factors for axis {self.axis} of {self.source.shape}")
         object.__setattr__(self, "shape", self.source.shape)
         object.__setattr__(self, "dtype", self.source.dtype)
 
     def read(self, start: int, stop: int) -> Tensor:
         axis = self.axis % len(self.shape)
-        factor = self.factor[start:stop] if axis == 0 else self.factor
-        factor = factor.reshape([-1 if i == axis else 1 for i in range(len(self.shape))])
+        each = self.factor.dim() == 2
+        factor = self.factor[start:stop] if axis == 0 or each else self.factor
+        shape = [-1 if i == axis else 1 for i in range(len(self.shape))]
+        if each:
+            shape[0] = len(factor)
+        factor = factor.reshape(shape)
         rows = self.source.read(start, stop).float()
         return ((rows + self.offset) * factor - self.offset).to(self.dtype)
 
@@ -218,7 +224,7 @@ class Scaled(Weight):
 
 @dataclass(frozen=True)
 class Clipped(Weight):
-    """A matrix (N, K) whose groups of columns are clipped to ± their limit; ``limits`` (N, groups)."""
+    """A matrix (..., N, K) whose groups of columns are clipped to ± their limit; ``limits`` (..., N, groups)."""
 
     source: Weight
     limits: Weight
@@ -228,9 +234,13 @@ class Clipped(Weight):
         object.__setattr__(self, "dtype", self.source.dtype)
 
     def read(self, start: int, stop: int) -> Tensor:
-        rows, limits = self.source.read(start, stop), self.limits.read(start, stop)[..., None]
-        groups = rows.float().reshape(*limits.shape[:2], -1)
-        return groups.clamp(-limits, limits).reshape(rows.shape).to(self.dtype)
+        return self.of(self.source.read(start, stop), self.limits.read(start, stop)).to(self.dtype)
+
+    @staticmethod
+    def of(rows: Tensor, limits: Tensor) -> Tensor:
+        """Values (..., N, K) clipped to ± limits (..., N, groups), fp32."""
+        most = limits[..., None]
+        return rows.float().reshape(*limits.shape, -1).clamp(-most, most).reshape(rows.shape)
 
     def parts(self) -> tuple[WeightPart, ...]:
         return self.source.parts()

@@ -12,8 +12,9 @@ from torch import Tensor, fx
 
 from llmopt.ir.feed import limit_chunk, run_sequence
 from llmopt.ir.module import Module
+from llmopt.ir.ops.moe import moe_experts
 from llmopt.ir.rewrite import arguments
-from llmopt.ir.sites import LINEAR_Q, restored, unrounded
+from llmopt.ir.sites import CODES, LINEAR_Q, quantized_names, restored, unrounded
 from llmopt.report.accuracy import kl_divergence
 from llmopt.report.evaluate import Scores, summarize
 
@@ -21,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def prove(baseline: Module, built: Module, held_out: Tensor, progress: Progress) -> dict[str, Any]:
-    """Scores of ``built`` beside ``baseline`` on windows (m, length + 1), and each quantized linear's output error."""
+    """Scores of ``built`` beside ``baseline`` on windows (m, length + 1), and each quantized call's output error."""
     scores, errors = Scores(), OutputErrors(built)
     for index, window in enumerate(held_out):
         ids = window.numpy()
@@ -34,12 +35,12 @@ def prove(baseline: Module, built: Module, held_out: Tensor, progress: Progress)
 
 
 def sensitivity(built: Module, held_out: Tensor, progress: Progress) -> dict[str, float]:
-    """Mean KL, by the name of a quantized weight, of a model in which that weight alone is quantized.
+    """Mean KL, by the name of a quantized weight (of experts: the first), of a model in which it alone is quantized.
 
     The others, and the reference it is compared with, are as the quantizer found them. One run of the model a weight
     and window.
     """
-    names = list(dict.fromkeys(name for name, _ in quantized_linears(built)))
+    names = list(dict.fromkeys(name for name, _ in quantized_calls(built)))
     exact = [logits(restored(built, keep=()), window[:-1]).numpy() for window in held_out]
     found = {}
     for index, name in enumerate(names):
@@ -58,22 +59,22 @@ def logits(module: Module, tokens: Tensor, observe: Callable[[fx.Node, Any], Non
     return run_sequence(module, name, tokens.tolist(), chunks, observe).float()
 
 
-def quantized_linears(module: Module) -> Iterable[tuple[str, fx.Node]]:
-    """Weight name and call of every quantized linear whose original weight is known, in program order."""
+def quantized_calls(module: Module) -> Iterable[tuple[str, fx.Node]]:
+    """Name of the (first) weight and call of linears and experts whose original weights are known, in program order."""
     function = module.functions["step" if "step" in module.functions else "extend"]
-    for node in function.graph.find_nodes(op="call_function", target=LINEAR_Q):
-        name = str(arguments(node)[1].target).removesuffix(".codes")
-        if name in module.originals:
-            yield name, node
+    for node in function.graph.nodes:
+        if node.target in CODES and set(names := quantized_names(node)) <= module.originals.keys():
+            yield names[0], node
 
 
 class OutputErrors:
-    """Squared output error of quantized linears, relative to the output of the weights they were made of."""
+    """Squared output error of quantized calls, relative to the output of the weights they were made of."""
 
     def __init__(self, module: Module) -> None:
         self.module = module
-        self.names = {node: name for name, node in quantized_linears(module)}
-        self.wanted = {unrounded(arguments(node)[0]) for node in self.names}
+        self.names = {node: name for name, node in quantized_calls(module)}
+        read = [(unrounded(arguments(node)[0]), *arguments(node)[1:3]) for node in self.names]
+        self.wanted = {value for values in read for value in values if value.op == "call_function"}
         self.inputs: dict[fx.Node, Tensor] = {}
         self.sums = {name: [0.0, 0.0] for name in self.names.values()}
 
@@ -88,11 +89,24 @@ class OutputErrors:
             self.inputs[node] = value
         if (name := self.names.get(node)) is None:
             return
-        bias = arguments(node)[4]
-        exact = F.linear(self.inputs[unrounded(arguments(node)[0])], self.module.originals[name].tensor())
-        made = value if bias is None else value - self.module.weights[str(bias.target)].tensor()
+        made, exact = self._linear(node, value) if node.target == LINEAR_Q else (value, self._experts(node))
         self.sums[name][0] += float((made - exact).double().pow(2).sum())
         self.sums[name][1] += float(exact.double().pow(2).sum())
+
+    def _linear(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A linear's result and that of its original weight, both without the bias."""
+        given, (name,) = arguments(node), quantized_names(node)
+        exact = F.linear(self.inputs[unrounded(given[0])], self.module.originals[name].tensor())
+        return value if given[4] is None else value - self.module.weights[str(given[4].target)].tensor(), exact
+
+    def _experts(self, node: fx.Node) -> Tensor:
+        """The result of the experts' original weights."""
+        given = arguments(node)
+        routed = self.inputs[unrounded(given[0])], self.inputs[given[1]], self.inputs[given[2]]
+        weights = [self.module.originals[name].tensor() for name in quantized_names(node)]
+        biases = [None if b is None else self.module.weights[str(b.target)].tensor() for b in given[9:11]]
+        result: Tensor = moe_experts(*routed, *weights, *biases, given[11])
+        return result
 
     def layers(self) -> list[dict[str, Any]]:
         """Name and relative squared output error of each weight, in program order."""

@@ -45,4 +45,24 @@ def mlp(width: int = 64, layers: int = 2, vocab: int = 17) -> Module:
     return b.finish(b.linear(b.rms_norm(x, "norm"), "lm_head", vocab))
 
 
-__all__ = ["Builder", "aten", "calibrated", "dialect", "mlp", "windows"]
+def mixture(activation: str = "silu", width: int = 64, inner: int = 96, experts: int = 4, vocab: int = 61) -> Module:
+    """A block of experts, two a token, as Qwen3-MoE's (``silu``) or gpt-oss' (``swiglu_oai``, with biases).
+
+    The channels of its inputs are correlated, as each token has one input.
+    """
+    b = Builder(vocab=vocab)
+    x = b.embed(width)
+    h = b.call(aten.reshape.default, b.rms_norm(x, "norm"), [-1, width])
+    scores = b.call(aten.softmax.int, b.linear(h, "router", experts, bias=True), -1)
+    weight, index = b.split(aten.topk.default, scores, 2)
+    shapes = {"gate_up": (experts, 2 * inner, width), "down": (experts, width, inner)}
+    matrices = [b.weight(f"experts.{name}", *shape) for name, shape in shapes.items()]
+    biases = [
+        b.weight(f"experts.{name}_bias", *s[:2]) if activation == "swiglu_oai" else None for name, s in shapes.items()
+    ]
+    out = b.call(dialect.moe_experts.default, h, index, weight, *matrices, *biases, activation)
+    x = b.call(aten.add.Tensor, x, b.call(aten.unsqueeze.default, out, 0))
+    return b.finish(b.linear(b.rms_norm(x, "last"), "lm_head", vocab))
+
+
+__all__ = ["Builder", "aten", "calibrated", "dialect", "mixture", "mlp", "windows"]

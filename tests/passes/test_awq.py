@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from llmopt.calibration.rounding import best_limits, rounded
 from llmopt.ir.module import Module
+from llmopt.ir.quant import Scheme
 from llmopt.ir.weights import Constant, Scaled
 from llmopt.report.proof import logits as full_logits
-from passes.awq import Scheme, best_limits, rounded
 from tests.calibration.running import Builder, calibrated, mlp, windows
 from tests.ir.handmade import llama
 from tests.passes.running import FUSIONS, logits, run

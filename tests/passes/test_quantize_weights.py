@@ -194,10 +194,12 @@ def test_experts(symmetric: bool) -> None:
     assert "llmopt.moe_experts_q" in ops(module)
 
 
-def test_experts_are_left_alone_unless_asked() -> None:
+def test_experts_and_routers_are_left_alone_unless_asked() -> None:
     module = mixture()
-    assert rewrites(module, "quantize_weights") == 1
-    assert "llmopt.moe_experts" in ops(module)
+    with pytest.raises(PassError, match="no layer is left to quantize"):
+        run(module, "quantize_weights")
+    assert rewrites(module, ("quantize_weights", {"routers": True})) == 1
+    assert {"llmopt.moe_experts", "llmopt.linear_q"} <= set(ops(module))
 
 
 def test_half_of_an_expert_is_refused() -> None:
