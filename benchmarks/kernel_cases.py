@@ -69,26 +69,30 @@ def linear(model: str, what: str, m: int, n: int, k: int) -> Iterator[Case]:
 
 
 def attentions() -> Iterator[Case]:
-    """Decode at several batches and contexts, and prefill, of the 8B shape; blocks of 16 tokens and of 64."""
-    for size in (16, 64):
+    """Decode at several batches and contexts, and prefill, of the 8B shape; blocks of 16 tokens and of 64, and of 64
+    tokens in FP8 and int8."""
+    for size, kept in ((16, "bfloat16"), (64, "bfloat16"), (64, "float8_e4m3fn"), (64, "int8")):
         for batch, context in ((1, 512), (1, 8192), (32, 512), (128, 512), (256, 512)):
-            yield from attend("decode", batch, batch, context, size)
+            yield from attend("decode", batch, batch, context, size, kept)
         for rows in (128, 512, 2048, 8192):
-            yield from attend("extend", rows, 1, rows, size)
+            yield from attend("extend", rows, 1, rows, size, kept)
 
 
-def attend(function: str, rows: int, n: int, context: int, size: int) -> Iterator[Case]:
-    """One attention call: n sequences of ``context`` tokens, rows / n of them new."""
+def attend(function: str, rows: int, n: int, context: int, size: int, kept: str) -> Iterator[Case]:
+    """One attention call: n sequences of ``context`` tokens, rows / n of them new; states of the type ``kept``."""
     heads, shared, d = 32, 8, 128
+    scales = {} if kept == "bfloat16" else {f"{n}_scale": dense(f"{n}_scale", "float32", shared) for n in "kv"}
     values = {
-        "q": dense("q", "bfloat16", 1, heads, rows, d), "k_state": dense("k", "bfloat16", 1, shared, size, d),
-        "v_state": dense("v", "bfloat16", 1, shared, size, d), "block_table": dense("t", "int32", n, 8192 // size),
+        **scales,
+        "q": dense("q", "bfloat16", 1, heads, rows, d), "k_state": dense("k", kept, 1, shared, size, d),
+        "v_state": dense("v", kept, 1, shared, size, d), "block_table": dense("t", "int32", n, 8192 // size),
         "cu_seqlens": dense("cu", "int32", n + 1), "seq_lens": dense("lens", "int32", n),
         "sinks": None, "scale": d**-0.5, "window": 0, "softcap": 0.0, "sink_tokens": 0, "ring": False,
     }  # fmt: skip
     out = dense("out", "bfloat16", 1, rows, heads, d)
     call = site("llmopt.cached_attention", values, (out,), {"T": rows, "N": n}, function=function)
-    yield from site_cases(attention.KERNEL, call, "llama-3.1-8b", f"{function} {n}x{context} of {size}", context)
+    what = f"{function} {n}x{context} of {size}" + (f" {kept}" if scales else "")
+    yield from site_cases(attention.KERNEL, call, "llama-3.1-8b", what, context)
 
 
 def mixtures() -> Iterator[Case]:

@@ -26,6 +26,7 @@ from llmopt.ir.folding import LINEAR, find_folding
 from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import PassContext, PassManager
 from llmopt.ir.samples import Calibration
+from llmopt.ir.weights import Scaled
 from llmopt.recipe import build_pass
 from llmopt.registry import load_target
 from llmopt.report.accuracy import Interval, block_bootstrap, mean, paired_bootstrap
@@ -40,6 +41,9 @@ W8A8: list[tuple[str, dict[str, Any]]] = [("quantize_weights", {"bits": 8}), ("q
 PLANTED = "outliers, "
 """Schemes whose model has activations OUTLIER times larger in every STRIDE-th channel, the function unchanged."""
 OUTLIER, STRIDE = 100.0, 29
+STARVED = "small scales, "
+"""Schemes whose scales of keys and values are made SHRINK times smaller, so that most of them saturate."""
+SHRINK = 64.0
 SCHEMES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "int8 a channel": [("quantize_weights", {"bits": 8})],
     "int4 g128": [("quantize_weights", G128)],
@@ -55,6 +59,12 @@ SCHEMES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "int8 W8A8": W8A8,
     "outliers, int8 W8A8": W8A8,
     "outliers, int8 W8A8 SmoothQuant": [("smoothquant", {}), *W8A8],
+    "KV int8": [("quantize_kv", {"format": "int8"})],
+    "KV fp8": [("quantize_kv", {"format": "fp8_e4m3"})],
+    "KV int8, unit scales": [("quantize_kv", {"format": "int8", "scales": "unit"})],
+    "KV fp8, unit scales": [("quantize_kv", {"format": "fp8_e4m3", "scales": "unit"})],
+    "small scales, KV int8": [("quantize_kv", {"format": "int8"})],
+    "small scales, KV fp8": [("quantize_kv", {"format": "fp8_e4m3"})],
     "int4 g32": [("quantize_weights", {"bits": 4, "group_size": 32})],
     "int4 g32 GPTQ": [("gptq", {"bits": 4, "group_size": 32})],
 }
@@ -98,6 +108,13 @@ def plant(module: Module) -> None:
             folding.apply(module, function, folding.tie(factor))
 
 
+def starve(module: Module) -> None:
+    """Make the scales of keys and values too small."""
+    for name, weight in module.weights.items():
+        if name.endswith((".k_scale", ".v_scale")):
+            module.weights[name] = Scaled(weight, 0, torch.full(weight.shape, 1 / SHRINK))
+
+
 def difference(a: Scores, b: Scores) -> Interval:
     """Mean KL of ``a`` less that of ``b``, paired."""
     return block_bootstrap(np.stack(a.kl) - np.stack(b.kl), mean)
@@ -114,6 +131,8 @@ def rows(bench: Bench, names: Sequence[str]) -> list[dict[str, Any]]:
         if name.startswith(PLANTED):
             plant(module)
         bench.run(module, SCHEMES[name])
+        if name.startswith(STARVED):
+            starve(module)
         scores = scored[name] = bench.score(module, exact)
         nll, base = np.stack(scores.nll), np.stack(scores.baseline_nll)
         row = {"scheme": name, "change": paired_bootstrap(nll, base).to_json()}

@@ -121,7 +121,7 @@ def compile_checkpoint(
     golden = record_golden(program, weights) if options.weights.kind != "random" else []
     watch.lap("golden")
     report = describe(checkpoint, captured.module, records, program, files)
-    if samples is not None and captured.module.originals and options.weights.kind != "random":
+    if samples is not None and captured.module.is_quantized and options.weights.kind != "random":
         report["accuracy"] = prove_build(checkpoint, captured.module, samples.windows.held_out, options)
         watch.lap("proof")
     manifest = write_artifact(

@@ -146,13 +146,18 @@ class WeightType:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One state tensor of shape ``(blocks, heads, block_size, head_dim)``; ``input`` names it in the functions."""
+    """One state tensor of shape ``(blocks, heads, block_size, head_dim)``; ``input`` names it in the functions.
+
+    ``scales``: the weight (heads,) float32 that its codes, int8 or float8_e4m3fn, are multiplied by; None: it holds
+    values. The scales belong to the model, not to a block: copying and swapping blocks needs nothing else.
+    """
 
     input: str
     heads: int
     head_dim: int
     dtype: str
     layer: int
+    scales: str | None = None
 
 
 @dataclass(frozen=True)

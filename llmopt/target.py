@@ -19,7 +19,7 @@ class TargetInfo:
     prefill, else ``("decode", "extend")``. ``layouts``: KV layouts it can run. ``dtypes``: compute dtypes.
     ``quant_bits``: weight bit widths of ``llmopt.linear_q`` it supports; ``quant_experts``: of
     ``llmopt.moe_experts_q`` as well. ``quant_formats``: formats of its codes. ``activation_formats``: formats of
-    ``llmopt.round_activations``.
+    ``llmopt.round_activations``. ``kv_formats``: formats of quantized KV states, int8 and fp8_e4m3.
     """
 
     name: str
@@ -30,6 +30,7 @@ class TargetInfo:
     quant_experts: bool = False
     quant_formats: tuple[str, ...] = ("int",)
     activation_formats: tuple[str, ...] = ()
+    kv_formats: tuple[str, ...] = ()
 
 
 class WeightReader(Protocol):

@@ -11,7 +11,7 @@ from torch import fx
 from llmopt.errors import PassError
 from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import Pass, PassContext
-from llmopt.ir.rewrite import Op, Var, call, dialect, match, precedes, results, sweep
+from llmopt.ir.rewrite import Op, Var, arguments, call, dialect, match, precedes, results, sweep
 
 KEY = Op((dialect.rope.default,), (Var("k"), Var("cos"), Var("sin"), Var("interleaved")), name="rope_k")
 WRITE = Op((dialect.kv_write.default,), (Var("k_state"), Var("v_state"), KEY, Var("v"), Var("slots")))
@@ -56,7 +56,8 @@ class FuseRopeKvWrite(Pass):
             return False
         names = ("k", "v", "cos", "sin", "k_state", "v_state", "slots", "interleaved")
         with function.graph.inserting_before(place):
-            operands = [rotation["q"], *(found[n] for n in names)]
+            scales = [scale for scale in arguments(write)[5:] if scale is not None]
+            operands = [rotation["q"], *(found[n] for n in names), *scales]
             fused = call(function, module, dialect.rope_kv_write.default, *operands, like=write)
         rotated, *states = results(function, fused)
         query.replace_all_uses_with(rotated)

@@ -10,8 +10,9 @@ from torch import fx
 
 from llmopt.errors import PassError
 from llmopt.ir.module import Module
+from llmopt.ir.ops.kv import CODES
 from llmopt.ir.pass_manager import Pass, PassContext
-from llmopt.ir.rewrite import arguments, call, dialect, new_dim, placeholder, results
+from llmopt.ir.rewrite import arguments, call, dialect, new_dim, placeholder, results, sweep
 from llmopt.program import StateGroup, StateSpec
 
 MAX_SEQUENCES = 1 << 16
@@ -22,7 +23,7 @@ MAX_BLOCKS = 1 << 24
 class RewriteKvCache(Pass):
     """Matches every ``llmopt.attention``. Replaces with ``llmopt.kv_write`` into the layer's states and
     ``llmopt.cached_attention`` over them; adds the step's metadata and the states to the inputs, the final
-    states to the outputs.
+    states to the outputs. Keys and values that quantize_kv rounds (``llmopt.round_kv``) become codes in the states.
 
     ``layout``: ``paged`` (blocks of ``block_size`` tokens, default 16), ``slots`` (one block of max_context tokens
     a sequence) or ``ring``: layers with an attention window keep ``sinks`` + window - 1 + ``max_chunk``
@@ -31,7 +32,7 @@ class RewriteKvCache(Pass):
     """
 
     name: ClassVar[str] = "rewrite_kv_cache"
-    after: ClassVar[tuple[str, ...]] = ("fuse_qkv",)
+    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "quantize_kv")
 
     layout: Literal["paged", "slots", "ring"] = "paged"
     block_size: int | None = None
@@ -100,12 +101,8 @@ class RewriteKvCache(Pass):
             window = self._window(node, module)
             group = self._group(window, module.config.max_context)
             group = groups.setdefault(group.name, group)
-            k, v = (a.meta["val"] for a in node.args[1:3])  # type: ignore[union-attr]
             specs = tuple(
-                StateSpec(
-                    f"{letter}_{layer}", int(t.shape[1]), int(t.shape[3]), str(t.dtype).removeprefix("torch."), layer
-                )
-                for letter, t in (("k", k), ("v", v))
+                Stored.of(rows).spec(f"{letter}_{layer}", layer) for letter, rows in zip("kv", arguments(node)[1:3])
             )
             groups[group.name] = replace(group, states=group.states + specs)
         return list(groups.values())
@@ -119,6 +116,29 @@ class RewriteKvCache(Pass):
         if self.full == "slots":
             return StateGroup("slots", "slots", max_context, ())
         return StateGroup("paged", "paged", self.block_size or 16, (), shareable=True)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Keys or values (1, Hk, T, D) that go into a state, and how: as they are, or as codes under a scale a head."""
+
+    rows: fx.Node
+    dtype: torch.dtype
+    scale: fx.Node | None = None
+
+    @staticmethod
+    def of(source: fx.Node) -> Stored:
+        """What an attention reads, before rounding."""
+        if source.target is not dialect.round_kv.default:
+            return Stored(source, source.meta["val"].dtype)
+        rows, scale, format = source.args
+        return Stored(rows, CODES[str(format)], scale)  # type: ignore[arg-type]
+
+    def spec(self, name: str, layer: int) -> StateSpec:
+        """The state."""
+        _, heads, _, width = self.rows.meta["val"].shape
+        scales = None if self.scale is None else str(self.scale.target)
+        return StateSpec(name, int(heads), int(width), str(self.dtype).removeprefix("torch."), layer, scales)
 
 
 class Rewrite:
@@ -149,6 +169,7 @@ class Rewrite:
         names = [spec.input for group in self.module.states for spec in group.states]
         self.module.state_outputs = {name: len(outputs) + i for i, name in enumerate(names)}
         output.args = ((*outputs, *(finals[name] for name in names)),)
+        sweep(self.function)  # the roundings
         return len(layers)
 
     def _add_inputs(self) -> None:
@@ -182,17 +203,20 @@ class Rewrite:
 
     def _rewrite(self, layer: int, node: fx.Node) -> dict[str, fx.Node]:
         q, k, v, sinks, scale, window, softcap = arguments(node)
+        stored = [Stored.of(rows) for rows in (k, v)]
+        scales = [s.scale for s in stored] if any(s.scale is not None for s in stored) else []
         names = f"k_{layer}", f"v_{layer}"
         group = next(g for g in self.module.states if any(s.input == names[0] for s in g.states))
         table, slots = (self.inputs[f"{kind}_{group.name}"] for kind in ("block_table", "slot_mapping"))
         old = [self.inputs[name] for name in names]
         ring = group.kind == "ring"
         with self.function.graph.inserting_before(node):
-            written = call(self.function, self.module, dialect.kv_write.default, *old, k, v, slots, like=node)
+            rows = [*old, *(s.rows for s in stored), slots, *scales]
+            written = call(self.function, self.module, dialect.kv_write.default, *rows, like=node)
             new = results(self.function, written)
         metadata = table, self.inputs["cu_seqlens"], self.inputs["seq_lens"]
         with self.function.graph.inserting_before(node):
-            operands = (q, *new, *metadata, sinks, scale, window, softcap, group.sinks, ring)
+            operands = (q, *new, *metadata, sinks, scale, window, softcap, group.sinks, ring, *scales)
             attended = call(self.function, self.module, dialect.cached_attention.default, *operands, like=node)
         node.replace_all_uses_with(attended)
         self.function.graph.erase_node(node)

@@ -104,7 +104,8 @@ def traffic(node: fx.Node, base: str) -> int:
             return moe_bytes(node, base)
         case "kv_write" | "rope_kv_write":
             rows = node.args[2:4] if base == "kv_write" else node.args[:3]
-            return 2 * sum(nbytes(value_of(n)) for n in rows)
+            width = value_of(node.args[0 if base == "kv_write" else 5]).dtype.itemsize
+            return sum(nbytes(value_of(n)) + math.prod(sizes(value_of(n))) * width for n in rows)
         case "cached_attention":
             state, count = value_of(node.args[1]), argument(node, 0)[2]
             _, heads, _, depth = sizes(state)

@@ -14,7 +14,7 @@ from llmopt.errors import DriftError
 from llmopt.ir.feed import limit_chunk, run_sequence
 from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import Pass
-from llmopt.ir.tolerance import row_error, tolerance
+from llmopt.ir.tolerance import code_step, row_error, tolerance
 
 LENGTH = 24
 """Tokens of the default golden sequence, at least; windows up to LONGEST make it longer, so that they matter."""
@@ -111,14 +111,16 @@ def golden_tokens(module: Module) -> list[int]:
 
 
 def bound_of(module: Module, name: str) -> float:
-    """The tolerance of a function's logits: its output dtype, longest weight row, and depth in linears' stages."""
+    """The tolerance of a function's logits: its output dtype, longest weight row, and depth in linears' stages; where
+    states hold codes, a key that was computed in another step may have become the neighbouring one."""
     graph = module.functions[name].graph
     output = next(n for n in graph.nodes if n.op == "output")
     dtypes = {n.meta["val"].dtype for n in graph.nodes if n.op == "get_attr" and n.meta["val"].is_floating_point()}
     dtype = max({output.args[0][0].meta["val"].dtype, *dtypes}, key=lambda d: torch.finfo(d).eps)
     reduction = max((w.shape[-1] for w in module.weights.values() if len(w.shape) > 1), default=1)
     layers = sum("attention" in str(n.target) for n in graph.nodes if n.op == "call_function")
-    return tolerance(dtype, reduction, depth=max(1, 2 * layers))
+    codes = {getattr(torch, s.dtype) for g in module.states for s in g.states if s.scales is not None}
+    return tolerance(dtype, reduction, depth=max(1, 2 * layers)) + max(map(code_step, codes), default=0.0)
 
 
 def first_divergence(

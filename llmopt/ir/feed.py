@@ -21,8 +21,9 @@ def run_sequence(
 ) -> Tensor:
     """Logits (len(tokens), V) of one sequence, computed in steps of ``chunks`` rows (default: one step).
 
-    States start as NaN and live in blocks handed out in reverse order, so that reading an unwritten slot or
-    ignoring the block table shows. A module without states can only take one step.
+    States start as NaN (int8 ones as -128, which no row is written as) and live in blocks handed out in reverse
+    order, so that reading an unwritten slot or ignoring the block table shows. A module without states can only take
+    one step.
     """
     feed = Feed(module, function, len(tokens))
     position, logits = 0, []
@@ -51,7 +52,7 @@ class Feed:
     def _empty(self, group: StateGroup, name: str) -> Tensor:
         value = self.inputs[name].meta["val"]
         shape = (len(self.blocks[group.name]), *(int(d) for d in value.shape[1:]))
-        return torch.full(shape, float("nan"), dtype=value.dtype)
+        return poisoned(shape, value.dtype)
 
     def step(self, tokens: Tensor, start: int, observe: Observer | None) -> Tensor:
         """Logits (T, V) of the rows ``tokens`` (1, T) at positions start, start + 1, …"""
@@ -74,6 +75,11 @@ class Feed:
         outputs = run_module(self.module, self.function, given, observe)
         self.states = {name: outputs[index] for name, index in self.module.state_outputs.items()}
         return outputs[0][0]
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty state: NaN, or in a dtype without NaN the least number, which no code is."""
+    return torch.full(shape, float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
 
 
 def slots(group: StateGroup, blocks: Tensor, positions: Tensor) -> Tensor:

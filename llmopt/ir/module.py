@@ -57,6 +57,11 @@ class Module:
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether passes quantized weights or states."""
+        return bool(self.originals) or any(s.scales is not None for group in self.states for s in group.states)
+
+    @property
     def fake_mode(self) -> Any:
         """The fake-tensor mode every ``meta["val"]`` of the module belongs to."""
         graph = next(iter(self.functions.values())).graph

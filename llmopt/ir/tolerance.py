@@ -22,6 +22,12 @@ def tolerance(dtype: torch.dtype, reduction: int, depth: int = 1) -> float:
     return SAFETY * (storage * math.sqrt(depth) + accumulator * math.sqrt(reduction))
 
 
+def code_step(dtype: torch.dtype) -> float:
+    """Distance between neighbouring codes of a quantized state, relative to the largest of them: two evaluations that
+    differ in the last bit may round to either."""
+    return 1 / 127 if dtype == torch.int8 else torch.finfo(dtype).eps
+
+
 def row_error(actual: Tensor, expected: Tensor) -> float:
     """Largest relative L2 error of a row (the last axis); infinite when only one of the two is NaN."""
     a, b = (t.double().reshape(-1, t.shape[-1] if t.dim() else 1) for t in (actual, expected))

@@ -14,12 +14,16 @@ import llmopt.ir.ops  # noqa: F401  (registers the dialect)
 from llmopt.errors import PassError
 from llmopt.ir.module import Module
 from llmopt.ir.rewrite import same_shape
+from llmopt.program import StateSpec
 
 STATE_WRITES: dict[Any, tuple[str, ...]] = {
     torch.ops.llmopt.kv_write.default: ("k_state", "v_state"),
     torch.ops.llmopt.rope_kv_write.default: ("k_state", "v_state"),
 }
 """Ops that consume a state and return its next version, by argument name."""
+
+SCALES = {"k_state": "k_scale", "v_state": "v_scale"}
+"""The argument that gives the scales of a state's codes, beside the state's, in every op that takes states."""
 
 BAD_TAGS = (
     torch.Tag.nondeterministic_seeded,  # dropout, rand: a compiled step must be a function of its inputs
@@ -58,8 +62,9 @@ def verify(module: Module, before: dict[str, Any] | None = None) -> None:
 
     Known pure ops only; arguments defined before use; ``meta["val"]`` present; weights in the table with the
     node's shape and dtype, one node a weight; states used linearly (written once, read only through their latest
-    version); outputs tensors; symbolic dims still symbolic; no dangling nodes. ``before`` is a signature taken
-    before a pass: logits keep dtype and vocabulary, original inputs their names and types.
+    version), those of codes always with their scales; outputs tensors; symbolic dims still symbolic; no dangling
+    nodes. ``before`` is a signature taken before a pass: logits keep dtype and vocabulary, original inputs their
+    names and types.
     """
     for name, function in module.functions.items():
         _check_structure(name, function.graph)
@@ -170,13 +175,32 @@ def _check_states(module: Module, name: str, graph: fx.Graph) -> None:
         if spec.input not in placeholders or spec.input not in module.state_outputs:
             raise PassError(f"state {spec.input} is not an input with an output", where=f"function {name}")
         version = placeholders[spec.input]
+        _check_scales(module, spec, version, name)
         while (written := _next_version(version, order, name)) is not None:
             version = written
+            _check_scales(module, spec, version, name)
         old, new = placeholders[spec.input].meta["val"], version.meta["val"]
         if not same_shape(old, new) or old.dtype != new.dtype:
             raise PassError(f"state {spec.input} changes its type", where=_where(name, version))
         if outputs[module.state_outputs[spec.input]] is not version:
             raise PassError(f"the final version of state {spec.input} is not its output", where=_where(name, version))
+
+
+def _check_scales(module: Module, spec: StateSpec, version: fx.Node, name: str) -> None:
+    """Whatever takes a version of a state takes the state's scales with it, one a head, and no others."""
+    if spec.scales is not None:
+        found = module.weights.get(spec.scales)
+        if found is None or found.shape != (spec.heads,) or found.dtype != torch.float32:
+            what = f"state {spec.input} of {spec.heads} heads needs as many float32 scales, named {spec.scales}"
+            raise PassError(what, where=f"function {name}")
+    for user in version.users:
+        schema: Any = getattr(user.target, "_schema", None)
+        given = dict(zip((a.name for a in schema.arguments), user.args)) | dict(user.kwargs) if schema else {}
+        for state, scale in SCALES.items():
+            taken = given.get(scale)
+            if given.get(state) is version and (taken and str(taken.target)) != spec.scales:
+                what = f"it takes state {spec.input} with scales {taken}, not {spec.scales}"
+                raise PassError(what, where=_where(name, user))
 
 
 def _next_version(version: fx.Node, order: dict[fx.Node, int], name: str) -> fx.Node | None:

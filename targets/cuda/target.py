@@ -26,6 +26,7 @@ class CudaTarget:
         layouts=RUNNABLE,
         dtypes=("bfloat16", "float16"),
         quant_bits=BITS,
+        kv_formats=("int8", "fp8_e4m3"),
     )
 
     def build(self, program: Program, weights: Mapping[str, WeightReader], ctx: BuildContext) -> TargetFiles:

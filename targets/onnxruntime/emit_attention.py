@@ -110,6 +110,8 @@ def cached_attention(e: Emitter, call: OpCall) -> None:
     args = call.args
     if args["ring"]:
         raise e.error(call, "ring states are not supported", "use layout: slots")
+    if args.get("k_scale") is not None or args.get("v_scale") is not None:
+        raise e.error(call, "states of codes are not supported", "leave out quantize_kv")
     write = write_of(e, args["k_state"])
     if write is None:
         raise e.error(call, "attention over a state that this step did not write is not supported")

@@ -10,6 +10,7 @@ import torch
 
 from llmopt.artifact import Artifact
 from llmopt.errors import ExecutorError
+from llmopt.ir.feed import poisoned
 from llmopt.lower.readers import to_torch
 from llmopt.program import Program, StateGroup
 from llmopt.runtime.protocol import ExecutorLimits, StateOp, StepBatch, StepOutput
@@ -23,7 +24,7 @@ MAX_TOKENS_PER_STEP = 2048
 
 
 class ReferenceExecutor:
-    """Runs steps at submit; empty states hold NaN, so that reading an unwritten slot shows."""
+    """Runs steps at submit; empty states are poisoned, so that reading an unwritten slot shows."""
 
     def __init__(self, program: Program, weights: Mapping[str, torch.Tensor], options: LoadOptions) -> None:
         self.program, self.device = program, torch.device(options.device)
@@ -49,7 +50,7 @@ class ReferenceExecutor:
     def _empty(self, group: StateGroup, name: str, blocks: int) -> torch.Tensor:
         shape = self.function.types[name].shape
         dtype = getattr(torch, self.function.types[name].dtype)
-        return torch.full((blocks, *map(int, shape[1:])), float("nan"), dtype=dtype, device=self.device)
+        return poisoned((blocks, *map(int, shape[1:])), dtype).to(self.device)
 
     def submit(self, batch: StepBatch) -> int:
         """Run the step now; the result waits for collect."""

@@ -18,11 +18,17 @@ Values = dict[str, torch.Tensor]
 
 
 def write_in_place(
-    k_state: torch.Tensor, v_state: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+    k_state: torch.Tensor,
+    v_state: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """llmopt.kv_write with its states aliased, as lowering promises."""
-    scatter_rows(k_state, k[0], slot_mapping)
-    scatter_rows(v_state, v[0], slot_mapping)
+    scatter_rows(k_state, k[0], slot_mapping, k_scale)
+    scatter_rows(v_state, v[0], slot_mapping, v_scale)
     return k_state, v_state
 
 
@@ -36,9 +42,11 @@ def rope_write_in_place(
     v_state: torch.Tensor,
     slot_mapping: torch.Tensor,
     interleaved: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """llmopt.rope_kv_write with its states aliased."""
-    write_in_place(k_state, v_state, rope(k, cos, sin, interleaved), v, slot_mapping)
+    write_in_place(k_state, v_state, rope(k, cos, sin, interleaved), v, slot_mapping, k_scale, v_scale)
     return rope(q, cos, sin, interleaved), k_state, v_state
 
 

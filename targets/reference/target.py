@@ -22,6 +22,7 @@ class ReferenceTarget:
         quant_experts=True,
         quant_formats=("int", "fp8_e4m3", "mxfp4"),
         activation_formats=("int8", "fp8_e4m3"),
+        kv_formats=("int8", "fp8_e4m3"),
     )
 
     def build(self, program: Program, weights: Mapping[str, WeightReader], ctx: BuildContext) -> TargetFiles:

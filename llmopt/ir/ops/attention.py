@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from llmopt.ir.ops.kv import decode
+
 
 def masked_attention(
     q_HTD: Tensor, k_HSD: Tensor, v_HSD: Tensor, mask_TS: Tensor, sinks_H: Tensor | None, scale: float, softcap: float
@@ -60,6 +62,12 @@ def ring_positions(slots: Tensor, length: int, capacity: int, sinks: int) -> Ten
     return latest
 
 
+def gathered(state: Tensor, blocks: Tensor, scale_H: Tensor | None) -> Tensor:
+    """A sequence's blocks of a state as (Hk, slots, D)."""
+    rows = state[blocks.long()].transpose(0, 1).flatten(1, 2)
+    return rows if scale_H is None else decode(rows, scale_H)
+
+
 @torch.library.custom_op("llmopt::cached_attention", mutates_args=())
 def cached_attention(
     q: Tensor,
@@ -74,12 +82,15 @@ def cached_attention(
     softcap: float,
     sink_tokens: int,
     ring: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a ragged batch over KV states already written for the step.
 
     q (1, H, T, D); k_state (B, Hk, S, D), v_state (B, Hk, S, Dv) in blocks of S tokens; block_table (n, W) int32;
     cu_seqlens (n + 1,) int32 row offsets; seq_lens (n,) int32 lengths including the new rows. ``ring``: one block
     a sequence, addressed as StateGroup says. ``sink_tokens`` first positions stay visible beside the window.
+    With k_scale and v_scale (Hk,) fp32 the states hold codes, each worth ``code * scale`` of its head.
     Result (1, T, H, Dv). A sequence with no rows is skipped.
     """
     out = q.new_zeros((q.shape[2], q.shape[1], v_state.shape[3]))
@@ -89,8 +100,7 @@ def cached_attention(
         if start == stop:
             continue
         blocks = block_table[i, :1] if ring else block_table[i, : -(-length // k_state.shape[2])]
-        k = k_state[blocks.long()].transpose(0, 1).flatten(1, 2)
-        v = v_state[blocks.long()].transpose(0, 1).flatten(1, 2)
+        k, v = gathered(k_state, blocks, k_scale), gathered(v_state, blocks, v_scale)
         slots = torch.arange(k.shape[1], device=q.device)
         key = ring_positions(slots, length, k.shape[1], sink_tokens) if ring else slots
         query = torch.arange(length - (stop - start), length, device=q.device)
@@ -113,5 +123,7 @@ def _(
     softcap: float,
     sink_tokens: int,
     ring: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v_state.shape[3]))

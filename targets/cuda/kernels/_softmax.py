@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2E, peek, tanh
+from ._states import decode
 
 
 @triton.jit
 def walk(
-    acc, mass, peak, query, k_state, v_state, k_map, v_map, pages, head, begin, end, kept, skipped, position, length,
-    top,
+    acc, mass, peak, query, k_state, v_state, key_scale, k_map, v_map, pages, head, begin, end, kept, skipped, position,
+    length, top,
     HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr, scale: tl.constexpr, window: tl.constexpr,
     softcap: tl.constexpr, sink_tokens: tl.constexpr, RING: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, MASKED: tl.constexpr,
@@ -25,8 +26,8 @@ def walk(
         live = slot < top
         if k_map is not None:
             at = (peek(pages + start // S) * HK + head) * S + start % S
-            keys = k_map.load([at, 0])
-            values = v_map.load([at, 0])
+            keys = decode(k_map.load([at, 0]), query.dtype)
+            values = decode(v_map.load([at, 0]), query.dtype)
             if MASKED:  # what lies past the sequence may be NaN, which a zero weight does not silence
                 values = tl.where(live[:, None], values, 0.0)
             score = tl.dot(query, tl.trans(keys))
@@ -41,22 +42,23 @@ def walk(
             values = tl.load(
                 v_state + place[:, None] * DV + dv[None, :], mask=here[:, None] & (dv < DV)[None, :], other=0.0
             )
+            keys, values = decode(keys, query.dtype), decode(values, query.dtype)
             score = tl.dot(query, keys)
         acc, mass, peak = absorb(
-            acc, mass, peak, score, values, slot, live, position, length, S, scale, window, softcap, sink_tokens, RING,
-            MASKED,
+            acc, mass, peak, score, values, slot, live, position, length, key_scale, S, scale, window, softcap,
+            sink_tokens, RING, MASKED,
         )  # fmt: skip
     return acc, mass, peak
 
 
 @triton.jit
 def absorb(
-    acc, mass, peak, score, values, slot, live, position, length,
+    acc, mass, peak, score, values, slot, live, position, length, key_scale,
     S: tl.constexpr, scale: tl.constexpr, window: tl.constexpr, softcap: tl.constexpr, sink_tokens: tl.constexpr,
     RING: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A tile's products of query and key, and its values, into the running sums."""
-    score = logit(score, scale, softcap)
+    score = logit(score, key_scale, scale, softcap)
     if MASKED:
         key = ring_position(slot, length, S, sink_tokens) if RING else slot
         seen = (key[None, :] <= position[:, None]) & (live & (key >= 0))[None, :]
@@ -74,17 +76,26 @@ def absorb(
 
 
 @triton.jit
-def logit(score, scale: tl.constexpr, softcap: tl.constexpr):
-    """A product of query and key as a logit in base 2."""
+def logit(score, key_scale, scale: tl.constexpr, softcap: tl.constexpr):
+    """A product of query and key as a logit in base 2; ``key_scale``: of the key's codes, None for values."""
     if softcap > 0:
-        return softcap * tanh(score * (scale / softcap)) * LOG2E
+        return softcap * tanh(times(score, key_scale, scale / softcap)) * LOG2E
     else:
-        return score * (scale * LOG2E)
+        return times(score, key_scale, scale * LOG2E)
+
+
+@triton.jit
+def times(x, factor, constant: tl.constexpr):
+    """``x * factor * constant``, by one product an element."""
+    if factor is None:
+        return x * constant
+    else:
+        return x * (factor * constant)
 
 
 @triton.jit
 def merge(
-    partial, stats, parts, out, sinks, head, row0, stop,
+    partial, stats, parts, out, sinks, v_scale, head, row0, stop,
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +123,7 @@ def merge(
         acc += tl.sum(sums * weight[:, :, None], 0)
     row = row0 + line // G
     ok = (line < TILE * G) & (row < stop)
-    store_rows(out, sinks, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
+    store_rows(out, sinks, v_scale, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
 
 
 @triton.jit
@@ -131,10 +142,11 @@ def ring_position(slot, length, S: tl.constexpr, sink_tokens: tl.constexpr):
 
 @triton.jit
 def store_rows(
-    out, sinks, acc, mass, peak, head, line, row, ok,
+    out, sinks, v_scale, acc, mass, peak, head, line, row, ok,
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    """Normalizes a tile and stores it; sink logits join the softmax here. A row that sees nothing gives zeros."""
+    """Normalizes a tile and stores it; sink logits join the softmax here, and codes of values become values. A row
+    that sees nothing gives zeros."""
     if sinks is not None:
         sink = tl.load(sinks + head * G + line % G).to(tl.float32) * LOG2E
         higher = tl.maximum(peak, sink)
@@ -142,6 +154,8 @@ def store_rows(
         mass = mass * fade + tl.exp2(sink - higher)
         acc = acc * fade[:, None]
     value = acc / tl.where(mass > 0, mass, 1.0)[:, None]
+    if v_scale is not None:
+        value = value * tl.load(v_scale + head)
     dv = tl.arange(0, BDV)
     at = (row.to(tl.int64) * H + head * G + line % G) * DV
     tl.store(out + at[:, None] + dv[None, :], value.to(out.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])

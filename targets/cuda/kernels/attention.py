@@ -8,6 +8,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from llmopt.program import dtype_bytes
+
 from ..fusion import ATTENTION
 from ..kernel import CallSite, Scratch, Selection, TmaOperand
 from ._common import (
@@ -24,13 +26,14 @@ from ._common import (
     rows_of,
 )
 from ._softmax import logit, merge, store_rows, walk
+from ._states import CODES, decode, encode, unreadable
 from .rotary import strides, turned_heads
 
 
 @triton.jit
 def attention(
-    q, k, v, q_norm, k_norm, cos, sin, slots, k_state, v_state, k_map, v_map, table, cu, lens, sinks, out, partial,
-    stats, counter,
+    q, k, v, q_norm, k_norm, cos, sin, slots, k_state, v_state, k_scale, v_scale, k_map, v_map, table, cu, lens, sinks,
+    out, partial, stats, counter,
     N: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     S: tl.constexpr, Q_HEAD: tl.constexpr, Q_ROW: tl.constexpr, K_HEAD: tl.constexpr, K_ROW: tl.constexpr,
     V_HEAD: tl.constexpr, V_ROW: tl.constexpr, F: tl.constexpr, STRIDE: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -46,6 +49,8 @@ def attention(
     SPLITS > 1 the keys are divided; each part leaves its sums, and the last to come merges them by their log-sum-exp,
     CHUNK at a time.
     ``k_map``, ``v_map``: descriptors over the states as rows, for blocks that hold whole key tiles; else pointers.
+    ``k_scale``, ``v_scale`` (HK,): of states that hold codes, which become numbers in registers; the first joins the
+    softmax's scale, the second multiplies the result.
     Floor: the keys and values of each sequence once, or 4·rows·keys·H·D operations.
 
     With ``k`` (HK, T, D) and ``v`` (HK, T, DV), each row of a decode step brings its own key and value, which the
@@ -105,10 +110,12 @@ def attention(
             near = slot < tl.where(begin < end, top, 0)
             page = tl.load(pages + slot // S, mask=near, other=0).to(tl.int64)
             place = ((page * HK + head) * S + slot % S)[:, None]
-            lines = tl.arange(0, (BD + 63) // 64)[None, :] * 64
+            EACH: tl.constexpr = 1024 // k_state.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+            lines = tl.arange(0, (BD + EACH - 1) // EACH)[None, :] * EACH
             prefetch(k_state + place * D + lines, near[:, None] & (lines < D), PDL)
-            lines = tl.arange(0, (BDV + 63) // 64)[None, :] * 64
+            lines = tl.arange(0, (BDV + EACH - 1) // EACH)[None, :] * EACH
             prefetch(v_state + place * DV + lines, near[:, None] & (lines < DV), PDL)
+        key_scale = None if k_scale is None else tl.load(k_scale + head)
         pdl_wait(PDL)
         line = tl.arange(0, BM)
         row = row0 + line // G
@@ -135,21 +142,25 @@ def attention(
         acc = tl.zeros((BM, BDV), tl.float32)
         if FRESH:
             if owner:
-                write_row(key, value, tl.load(slots + row0), k_state, v_state, head, HK, D, DV, S, BD, BDV)
-                peak = logit(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1), scale, softcap)
+                value_scale = None if v_scale is None else tl.load(v_scale + head)
+                key_kept = encode(key, key_scale, k_state.dtype.element_ty)
+                value_kept = encode(value, value_scale, v_state.dtype.element_ty)
+                write_row(key_kept, value_kept, tl.load(slots + row0), k_state, v_state, head, HK, D, DV, S, BD, BDV)
+                product = query.to(tl.float32) * decode(key_kept, query.dtype).to(tl.float32)
+                peak = logit(tl.sum(product, 1), key_scale, scale, softcap)
                 mass += 1.0
-                acc += value.to(tl.float32)
+                acc += decode(value_kept, query.dtype).to(tl.float32)
         half = tl.minimum(tl.maximum(full, begin), end)
         acc, mass, peak = walk(
-            acc, mass, peak, query, k_state, v_state, k_map, v_map, pages, head, begin, half, kept, skipped, position,
-            length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV, False,
+            acc, mass, peak, query, k_state, v_state, key_scale, k_map, v_map, pages, head, begin, half, kept, skipped,
+            position, length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV, False,
         )  # fmt: skip
         acc, mass, peak = walk(
-            acc, mass, peak, query, k_state, v_state, k_map, v_map, pages, head, half, end, kept, skipped, position,
-            length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV, True,
+            acc, mass, peak, query, k_state, v_state, key_scale, k_map, v_map, pages, head, half, end, kept, skipped,
+            position, length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV, True,
         )  # fmt: skip
         if SPLITS == 1:
-            store_rows(out, sinks, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
+            store_rows(out, sinks, v_scale, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
         else:
             unit = (tile * HK + head) * SPLITS
             parts = tl.cdiv(blocks, tl.maximum(share, 1))
@@ -166,8 +177,8 @@ def attention(
             if came == parts - 1:
                 tl.debug_barrier()
                 merge(
-                    partial + unit.to(tl.int64) * (LINES * BDV), stats + unit * (2 * LINES), parts, out, sinks, head,
-                    row0, stop, H, G, DV, BDV, TILE, LINES, SPLITS, CHUNK,
+                    partial + unit.to(tl.int64) * (LINES * BDV), stats + unit * (2 * LINES), parts, out, sinks, v_scale,
+                    head, row0, stop, H, G, DV, BDV, TILE, LINES, SPLITS, CHUNK,
                 )  # fmt: skip
                 tl.store(counter + tile * HK + head, 0)
     else:
@@ -193,9 +204,9 @@ MOST_LINES = (1 << 31) - 1
 may be."""
 
 
-def shape_tiles(decode: bool, lines: int, d: int, units: int, size: int, arch: int) -> dict[str, int]:
+def shape_tiles(decode: bool, lines: int, d: int, units: int, size: int, arch: int, coded: bool) -> dict[str, int]:
     """Tile sizes, options and TMA: ``lines`` of one sequence that share keys, heads of ``d`` padded dims, ``units``
-    programs before splitting the keys, KV blocks of ``size`` tokens.
+    programs before splitting the keys, KV blocks of ``size`` tokens, of codes or of values.
 
     Measured on an H200 with 32 heads over 8 of 128 dims: decode of one sequence at 512 and 8192 tokens takes 4.5 and
     12.4 us with blocks of 64 and descriptors, one program a multiprocessor; 6.6 and 16.1 with blocks of 16, two.
@@ -203,7 +214,8 @@ def shape_tiles(decode: bool, lines: int, d: int, units: int, size: int, arch: i
     """
     tma = arch >= 90 and size % 64 == 0
     if decode or lines <= 64:
-        c = {"BM": max(16, pow2(lines)), "BN": 64 if d <= 128 else 32, "warps": 4, "stages": 3}
+        wide = d <= 128 and (tma or not coded)  # codes through pointers take 168 registers at 64 keys, 101 at 32
+        c = {"BM": max(16, pow2(lines)), "BN": 64 if wide else 32, "warps": 4, "stages": 3}
     elif arch >= 90 and d <= 128:
         c = {"BM": 128, "BN": 64, "warps": 8, "stages": 3}
     else:  # before wgmma the sums of 128 lines spill
@@ -239,6 +251,14 @@ def brought(v: Any) -> dict[str, Any] | str:
     }  # fmt: skip
 
 
+def tuning_key(values: Any, decode: bool) -> str:
+    """The name of a call's configuration in a tuning table."""
+    q, k = values["q"], values["k_state"]
+    (_, heads, rows, d), n = q.shape, values["block_table"].shape[0]
+    kept = f" kv {k.dtype}" if k.dtype in CODES else ""
+    return f"{q.dtype} {'decode' if decode else 'extend'} {rows}x{n} h{heads}/{k.shape[1]} d{d}{kept}"
+
+
 @dataclass(frozen=True)
 class Attention:
     """``llmopt.cached_attention`` and ``cuda.attention``: every head size, window, sink and layout of the dialect."""
@@ -258,6 +278,8 @@ class Attention:
         fresh = brought(v) if site.call.op == ATTENTION else {}
         if isinstance(fresh, str):
             return fresh
+        if (refusal := unreadable(v, site.arch)) is not None:
+            return refusal
         groups, bd, bdv = heads // shared, max(16, pow2(d)), max(16, pow2(dv))
         decode = site.function == "decode" and n == rows
 
@@ -266,13 +288,13 @@ class Attention:
             return per, n if decode else min(rows, cdiv(rows, per) + n - 1)
 
         lines = groups * (1 if decode else cdiv(rows, n))
-        guess = shape_tiles(decode, lines, max(bd, bdv), 1, size, site.arch)
+        shape, coded = (decode, lines, max(bd, bdv)), k.dtype in CODES
+        guess = shape_tiles(*shape, 1, size, site.arch, coded)
         units = tiles_of(max(guess["BM"], pow2(groups)))[1] * shared
-        key = f"{q.dtype} {'decode' if decode else 'extend'} {rows}x{n} h{heads}/{shared} d{d}"
-        tuned = site.tuning.get(self.name, {}).get(key)
-        c = dict(tuned or shape_tiles(decode, lines, max(bd, bdv), units, size, site.arch))
+        tuned = site.tuning.get(self.name, {}).get(tuning_key(v, decode))
+        c = dict(tuned or shape_tiles(*shape, units, size, site.arch, coded))
         c["BM"] = max(c["BM"], pow2(groups))
-        tma = bool(c["TMA"]) and not v["ring"] and d % 8 == 0 and dv % 8 == 0
+        tma = bool(c["TMA"]) and not v["ring"] and all(e * dtype_bytes(k.dtype) % 16 == 0 for e in (d, dv))
         per_tile, tiles = tiles_of(c["BM"])
         held, splits = min(c["BM"], pow2(per_tile * groups)), c["SPLITS"]
         many, units = splits > 1, tiles * shared
@@ -280,7 +302,8 @@ class Attention:
         flat = [replace(state, shape=(held_lines, e), strides=(e, 1)) for state, e in ((k, d), (x, dv))]
         tensors = {
             **{name: fresh.get(name) for name in BROUGHT},
-            "q": q, "k_state": k, "v_state": x, "k_map": TmaOperand(flat[0], (c["BN"], bd)) if tma else None,
+            "q": q, "k_state": k, "v_state": x, "k_scale": v.get("k_scale"), "v_scale": v.get("v_scale"),
+            "k_map": TmaOperand(flat[0], (c["BN"], bd)) if tma else None,
             "v_map": TmaOperand(flat[1], (c["BN"], bdv)) if tma else None, "table": v["block_table"],
             "cu": v["cu_seqlens"], "lens": v["seq_lens"], "sinks": v["sinks"], "out": out,
             "partial": Scratch("partial", 4 * units * splits * held * bdv) if many else None,
@@ -302,6 +325,7 @@ class Attention:
             moved=moved, scratch=scratch,
         )  # fmt: skip
         why = f"{per_tile} row(s) of {groups} head(s) a tile, keys in {splits} part(s)" + (", tuned" if tuned else "")
+        why += f", {k.dtype} states" if coded else ""
         return Selection((made,), why, LAUNCH_US + moved / BANDWIDTH.get(site.arch, 1e6))
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..kernel import CallSite, Selection, Strided
 from ._common import cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, rows_of
+from ._states import encode, unreadable
 
 
 @triton.jit
@@ -71,13 +72,17 @@ class RotaryTable:
 
 @triton.jit
 def rotate_heads(
-    x, target, cos, sin, row, h, ok,
+    x, target, scales, cos, sin, row, h, ok,
     X_HEAD: tl.constexpr, X_ROW: tl.constexpr, OUT_HEAD: tl.constexpr, TABLE: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl.constexpr, BF: tl.constexpr, BREST: tl.constexpr,
 ):  # fmt: skip
-    """Rotates the first 2F dims of heads ``h`` (a column of indices) of one row into ``target``, copies the rest."""
+    """Rotates the first 2F dims of heads ``h`` (a column of indices) of one row into ``target``, copies the rest; as
+    codes where there are ``scales`` of the heads, of what x's type would hold."""
     source = x + h * X_HEAD + row * X_ROW
     place = target + h * OUT_HEAD
+    dtype: tl.constexpr = x.dtype.element_ty
+    kept: tl.constexpr = target.dtype.element_ty
+    scale = None if scales is None else tl.load(scales + h, mask=ok, other=1.0)
     if F > 0:
         f = tl.arange(0, BF)[None, :]
         low = 2 * f if INTERLEAVED else f
@@ -87,12 +92,12 @@ def rotate_heads(
         s = tl.load(sin + row * TABLE + f, mask=f < F, other=0.0).to(tl.float32)
         a = tl.load(source + low, mask=live, other=0.0).to(tl.float32)
         b = tl.load(source + high, mask=live, other=0.0).to(tl.float32)
-        tl.store(place + low, (a * c - b * s).to(target.dtype.element_ty), mask=live)
-        tl.store(place + high, (b * c + a * s).to(target.dtype.element_ty), mask=live)
+        tl.store(place + low, encode((a * c - b * s).to(dtype), scale, kept), mask=live)
+        tl.store(place + high, encode((b * c + a * s).to(dtype), scale, kept), mask=live)
     if 2 * F < D:
         d = 2 * F + tl.arange(0, BREST)[None, :]
         rest = tl.load(source + d, mask=ok & (d < D))
-        tl.store(place + d, rest.to(target.dtype.element_ty), mask=ok & (d < D))
+        tl.store(place + d, encode(rest, scale, kept), mask=ok & (d < D))
 
 
 @triton.jit
@@ -134,7 +139,7 @@ def turned_heads(
 
 @triton.jit
 def rope_kv(
-    q, k, v, cos, sin, k_state, v_state, slots, q_out,
+    q, k, v, cos, sin, k_state, v_state, k_scale, v_scale, slots, q_out,
     H: tl.constexpr, HK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr,
     S: tl.constexpr, TABLE: tl.constexpr, INTERLEAVED: tl.constexpr,
     Q_HEAD: tl.constexpr, Q_ROW: tl.constexpr, K_HEAD: tl.constexpr, K_ROW: tl.constexpr,
@@ -143,9 +148,9 @@ def rope_kv(
 ):  # fmt: skip
     """One row of a step: q_out (H, T, D) = rotated q; rotated k and plain v go to their slot of the states.
 
-    States are (B, HK, S, D) and (B, HK, S, DV); a row whose slot is negative is not written. Absent q: only the
-    write; absent k: only the rotation; F 0: no rotation. A program does HEADS heads of q, k or v of one row. Floor:
-    every operand once.
+    States are (B, HK, S, D) and (B, HK, S, DV), of codes where there are ``k_scale`` and ``v_scale`` (HK,); a row whose
+    slot is negative is not written. Absent q: only the write; absent k: only the rotation; F 0: no rotation. A program
+    does HEADS heads of q, k or v of one row. Floor: every operand once.
     """
     pdl_release(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -158,8 +163,9 @@ def rope_kv(
         if part < Q_PARTS:
             at = part * HEADS + h
             rotate_heads(
-                q, q_out + row * D, cos, sin, row, at, at < H, Q_HEAD, Q_ROW, T * D, TABLE, D, F, INTERLEAVED, BF, BREST
-            )
+                q, q_out + row * D, None, cos, sin, row, at, at < H, Q_HEAD, Q_ROW, T * D, TABLE, D, F, INTERLEAVED, BF,
+                BREST,
+            )  # fmt: skip
     if k is not None:
         if part >= Q_PARTS:
             slot = tl.load(slots + row).to(tl.int64)
@@ -168,7 +174,7 @@ def rope_kv(
                 if part < Q_PARTS + K_PARTS:
                     at = (part - Q_PARTS) * HEADS + h
                     rotate_heads(
-                        k, k_state + first * D, cos, sin, row, at, at < HK, K_HEAD, K_ROW, S * D, TABLE, D, F,
+                        k, k_state + first * D, k_scale, cos, sin, row, at, at < HK, K_HEAD, K_ROW, S * D, TABLE, D, F,
                         INTERLEAVED, BF, BREST,
                     )  # fmt: skip
                 else:
@@ -176,7 +182,9 @@ def rope_kv(
                     d = tl.arange(0, BV)[None, :]
                     ok = (at < HK) & (d < DV)
                     value = tl.load(v + at * V_HEAD + row * V_ROW + d, mask=ok)
-                    tl.store(v_state + first * DV + at * (S * DV) + d, value.to(v_state.dtype.element_ty), mask=ok)
+                    scale = None if v_scale is None else tl.load(v_scale + at, mask=at < HK, other=1.0)
+                    value = encode(value, scale, v_state.dtype.element_ty)
+                    tl.store(v_state + first * DV + at * (S * DV) + d, value, mask=ok)
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,8 @@ class RopeKvWrite:
         tables = None if cos is None else (rows_of(cos), rows_of(sin))
         if tables is not None and (tables[0] is None or tables[0] != tables[1]):
             return "the rotary tables are not laid out alike"
+        if k is not None and (refusal := unreadable(v, site.arch)) is not None:
+            return refusal
         model: Strided = q if q is not None else k
         _, heads, rows, d = model.shape
         groups = 0 if k is None else k.shape[1]
@@ -204,8 +214,9 @@ class RopeKvWrite:
         share = 4 if rows < 64 else 16
         parts = (0 if q is None else cdiv(heads, share)) + 2 * cdiv(groups, share)
         tensors = {
-            "q": q, "k": k, "v": x, "cos": cos, "sin": sin, "k_state": v.get("k_state"), "v_state": v.get("v_state"),
-            "slots": v.get("slot_mapping"), "q_out": None if q is None else site.outputs[0],
+            "q": q, "k": k, "v": x, "cos": cos, "sin": sin, "slots": v.get("slot_mapping"),
+            **{name: v.get(name) for name in ("k_state", "v_state", "k_scale", "v_scale")},
+            "q_out": None if q is None else site.outputs[0],
         }  # fmt: skip
         constants = {
             "H": heads if q is not None else 0, "HK": groups, "T": rows, "D": d, "DV": dv, "F": f,

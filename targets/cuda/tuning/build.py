@@ -169,7 +169,8 @@ def attention_work(site: CallSite, data: dict[str, tuple[int, ...]]) -> tuple[in
     for i, length in enumerate(data["seq_lens"]):
         new = data["cu_seqlens"][i + 1] - data["cu_seqlens"][i]
         pairs += new * length - new * (new - 1) // 2
-    moved = 2 * (sum(data["seq_lens"]) * shared * (d + dv) + rows * heads * (d + dv))
+    kept, size = dtype_bytes(site.values["k_state"].dtype), dtype_bytes(site.values["q"].dtype)
+    moved = kept * sum(data["seq_lens"]) * shared * (d + dv) + size * rows * heads * (d + dv)
     return moved, 2 * pairs * heads * (d + dv)
 
 

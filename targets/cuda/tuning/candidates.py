@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from ..kernel import CallSite
+from ..kernels.attention import tuning_key as attention_key
 from ..kernels.moe import tuning_key
 from . import linear_form, linear_key, quantized_form
 
@@ -129,11 +130,9 @@ def candidates(kernel: str, site: CallSite) -> tuple[str, list[Config]] | None:
         key = linear_key(quantized_form(v["bits"], v["block_k"], k), m, n, k, linear_form(v))
         return key, list(gemm_q(m, n, k, v.get("gate") is not None))
     if kernel == "attention" and not v["ring"]:
-        _, heads, rows, d = v["q"].shape
-        sequences, (_, shared, size, _) = v["block_table"].shape[0], v["k_state"].shape
+        rows, sequences, size = v["q"].shape[2], v["block_table"].shape[0], v["k_state"].shape[2]
         decode = site.function == "decode" and sequences == rows
-        key = f"{v['q'].dtype} {'decode' if decode else 'extend'} {rows}x{sequences} h{heads}/{shared} d{d}"
-        return key, list(attention(rows, sequences, decode, size))
+        return attention_key(v, decode), list(attention(rows, sequences, decode, size))
     if kernel == "moe":
         rows, choices = v["index"].shape
         return tuning_key(v["x"], v["index"], v["down"]), list(moe(rows * choices, v["down"].shape[0]))

@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from llmopt.errors import TargetError
+from llmopt.program import Ref
 from llmopt.registry import load_executor_module
 from llmopt.runtime.executors.onnxruntime import MODEL_FILE, NATIVE_MODEL_FILE
 from tests.targets.models import worst
@@ -112,10 +113,11 @@ def test_unwritten_slots_are_not_read(name: str, kind: str) -> None:
     assert worst(logits(runner), reference(layer)) <= 1e-5
 
 
-def test_refuses_rings_and_uncached_attention() -> None:
+def test_refuses_rings_codes_and_uncached_attention() -> None:
     program = Attention().program()
     function = program.functions["step"]
-    for change, match in (({"ring": True}, "ring"), (None, "rewrite_kv_cache")):
+    codes = {"k_scale": Ref("attention.0.k_scale")}
+    for change, match in (({"ring": True}, "ring"), (codes, "states of codes"), (None, "rewrite_kv_cache")):
         calls = tuple(
             c if c.op != "llmopt.cached_attention"
             else replace(c, args={**c.args, **change}) if change else replace(c, op="llmopt.attention")

@@ -53,6 +53,7 @@ def exact(v: dict[str, Any]) -> Tensor:
 def check(v: dict[str, Any], function: str = "extend", config: dict[str, int] | None = None) -> None:
     _, heads, rows, d = v["q"].shape
     key = f"{str(v['q'].dtype)[6:]} {function} {rows}x{len(v['seq_lens'])} h{heads}/{v['k_state'].shape[1]} d{d}"
+    key += f" kv {str(v['k_state'].dtype)[6:]}" if "k_scale" in v else ""
     tuning = {"attention": {key: config}} if config else None
     shape = (1, rows, heads, v["v_state"].shape[3])
     (out,) = run(attention.KERNEL, OP, v, [(shape, v["q"].dtype)], function=function, tuning=tuning)

@@ -81,6 +81,15 @@ def attend(function: str, rows: int, n: int, size: int, **more: Any) -> tuple[st
     return "llmopt.cached_attention", values, (bf16("out", 1, rows, 32, 128),), function
 
 
+def coded(call: tuple[str, dict[str, Any], Any, str], dtype: str) -> tuple[str, dict[str, Any], Any, str]:
+    """A call over states of codes."""
+    op, values, outputs, function = call
+    states = {name: dense(name[0], dtype, *values[name].shape) for name in ("k_state", "v_state")}
+    scales = {f"{name}_scale": dense(f"{name}c", "float32", 8) for name in "kv"}
+    rest = states.values() if len(outputs) > 1 else ()
+    return op, {**values, **states, **scales}, (outputs[0], *rest), function
+
+
 def rope() -> tuple[str, dict[str, Any], Any, str]:
     k_state, v_state = bf16("ks", 9, 8, 16, 128), bf16("vs", 9, 8, 16, 128)
     values = {
@@ -126,6 +135,19 @@ QUANTIZED: list[tuple[str, dict[str, Any], Any, str]] = [
     quantized(128, 28672, 4096, 8, 128, True, gate="silu"),
     quantized(5, 33, 65, 8, 65),
 ]
+CODED: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
+    (kernel, coded(call, dtype))
+    for dtype in ("float8_e4m3fn", "int8")
+    for kernel, call in (
+        (attention.KERNEL, attend("decode", 256, 256, 64)),
+        (attention.KERNEL, attend("decode", 4, 4, 16, sinks=bf16("s", 32), window=100, sink_tokens=4)),
+        (attention.KERNEL, attend_joined(1, bf16("g", 128))),
+        (attention.KERNEL, attend_joined(256, None)),
+        (attention.KERNEL, attend("extend", 4096, 2, 64)),
+        (attention.KERNEL, attend("extend", 64, 2, 256, ring=True, window=128, softcap=30.0)),
+        (rotary.KERNELS[1], rope()),
+    )
+]
 CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemv.KERNEL, linear(1, 512, 1024)),
     (gemv.KERNEL, joined(512, 4096, norm=bf16("g", 4096))),
@@ -146,6 +168,7 @@ CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (attention.KERNEL, attend_joined(32, None)),
     (attention.KERNEL, attend("extend", 4096, 2, 64)),
     (attention.KERNEL, attend("extend", 64, 2, 256, ring=True, window=128, softcap=30.0)),
+    *CODED,
     (rotary.KERNELS[0], table()),
     (rotary.KERNELS[1], rope()),
     (norm.KERNEL, ("llmopt.add_rms_norm", {**NORM, "offset": 0.0, "mul_in_fp32": False},
@@ -194,6 +217,21 @@ def test_quantized_linears_build_for_an_older_gpu_too(tmp_path: Path) -> None:
     for job in jobs:
         assert built[job].spills == 0, job.label
         assert built[job].shared <= 163 << 10, job.label
+
+
+@pytest.mark.slow
+def test_states_of_codes_build_for_other_gpus(tmp_path: Path) -> None:
+    jobs = []
+    for kernel, call in CODED:
+        for arch in (80, 89, 100):
+            found = select(kernel, *call, arch=arch)
+            if arch == 80 and call[1]["k_state"].dtype == "float8_e4m3fn":
+                assert isinstance(found, str)
+                continue
+            assert isinstance(found, Selection), found
+            jobs += [Job(launch.specialization, arch, "test") for launch in found.launches]
+    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+    assert all(built[job].shared <= (99 << 10 if job.arch == 89 else 163 << 10) for job in jobs)
 
 
 def test_a_kernel_that_cannot_build_is_named(tmp_path: Path) -> None:

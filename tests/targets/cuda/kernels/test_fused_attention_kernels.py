@@ -61,10 +61,12 @@ def exact(v: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         heads[name] = OPS.rope(normed, v["cos"], v["sin"], v["interleaved"])
     live = v["slot_mapping"] >= 0
     rows = heads["k"][:, :, live], v["v"][:, :, live]
-    k_state, v_state = OPS.kv_write(v["k_state"], v["v_state"], *rows, v["slot_mapping"][live])
+    scales = [v[name] for name in ("k_scale", "v_scale") if name in v]
+    k_state, v_state = OPS.kv_write(v["k_state"], v["v_state"], *rows, v["slot_mapping"][live], *scales)
     names = ("block_table", "cu_seqlens", "seq_lens", "sinks", "scale", "window", "softcap", "sink_tokens", "ring")
     more = {name: v[name] for name in names}
     more["sinks"] = None if v["sinks"] is None else v["sinks"].float()
+    more |= dict(zip(("k_scale", "v_scale"), scales))
     out = OPS.cached_attention(heads["q"].float(), k_state.float(), v_state.float(), **more)
     return out, k_state, v_state
 
