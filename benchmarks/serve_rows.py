@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-LOAD, SOAK, HOST = "load*.jsonl", "soak*.jsonl", "host*.jsonl"
+LOAD, SOAK, HOST, CONSTRAINED = "load*.jsonl", "soak*.jsonl", "host*.jsonl", "constrained*.jsonl"
 
 
 def serving_section(folder: Path) -> str:
@@ -22,6 +22,11 @@ def serving_section(folder: Path) -> str:
     if hosts:
         what = "Rows of `benchmarks/host_cost.py`: processor time of a step over an executor that does nothing."
         parts.append(f"## Host cost\n\n{what}\n\n" + table(hosts))
+    if constrained := [constrained_cells(r) for r in read(folder, CONSTRAINED)]:
+        what = (
+            "Rows of `benchmarks/constrained.py`: a step of the same batch, free and under a JSON schema (p20 to p80)."
+        )
+        parts.append(f"## Constrained output\n\n{what}\n\n" + table(constrained))
     return "\n".join(part + "\n" for part in parts)
 
 
@@ -63,6 +68,7 @@ def soak_cells(row: Row) -> dict[str, object]:
         "ends": ", ".join(f"{count} {name}" for name, count in row["ends"].items()),
         "memory": growth,
         "/health p99 ms": row["health_ms_p99"],
+        "load average": row.get("load_average", "–"),
         "timer late p99 ms": row["timer_late_ms_p99"],
         "problems": row["problems"],
         "commit": row["commit"],
@@ -81,6 +87,22 @@ def host_cells(row: Row) -> dict[str, object]:
         "mean": row["cpu_ms_mean"],
         "p99": row["cpu_ms_p99"],
         "encoding for the API process": row["wire_ms"],
+        "commit": row["commit"],
+        "date": row["date"],
+    }
+
+
+def constrained_cells(row: Row) -> dict[str, object]:
+    """One batch size, by processor time."""
+    return {
+        "artifact": row["artifact"],
+        "machine": f"{row['machine']}, {row['threads'] or row['cores']} threads, {row['device']}",
+        "batch": row["batch"],
+        "vocabulary": row["vocab_size"],
+        "free, cpu ms": row["cpu_free_ms"],
+        "constrained, cpu ms": row["cpu_constrained_ms"],
+        "overhead": f"{row['cpu_overhead']:+.0%} ({row['cpu_overhead_p20']:+.0%} to {row['cpu_overhead_p80']:+.0%})",
+        "load average": row["load_average"],
         "commit": row["commit"],
         "date": row["date"],
     }

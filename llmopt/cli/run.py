@@ -184,7 +184,7 @@ def answer(session: Session, request: CompletionRequest | ChatRequest, as_json: 
     from llmopt.serve.limits import Limits
     from llmopt.serve.prompts import request_prompts
 
-    [(ids, _)] = request_prompts(request, session.tokenizer, session.chat, None, Limits())
+    [(ids, _)] = request_prompts(request, session.tokenizer, session.chat, None, Limits(), session.engine.core.context)
     parts: list[str] = []
     last, tokens = None, []
     for last in generated(session, ids, request):

@@ -80,7 +80,9 @@ def serve(artifact: Path, config: Path | None, **given: Any) -> None:
     )
     server.serve(
         options,
-        server.engine_command(EngineOptions(str(artifact), weights, load_options(told), scheduler_options(told))),
+        server.engine_command(
+            EngineOptions(str(artifact), weights, load_options(told), scheduler_options(told), told.engine_nice)
+        ),
         load_tokenizer(opened),
         load_chat(opened),
         lambda url: click.echo(f"serving {options.model_name} on {url}"),

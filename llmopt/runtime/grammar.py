@@ -147,8 +147,9 @@ class Constraints:
         masks = np.zeros((len(matchers), self.compiler.words), np.uint32)
         workers = min(MOST_THREADS, (os.cpu_count() or 1) - 1)
         if len(matchers) < PARALLEL or workers < 2:
-            for matcher, mask in zip(matchers, masks):
-                matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            first, size = masks.ctypes.data, masks[0].nbytes
+            for i, matcher in enumerate(matchers):
+                matcher.unsafe_compute_mask_ptr(first + i * size, size)
         else:
             if self._threads is None:
                 from llguidance import LLExecutor
@@ -156,8 +157,9 @@ class Constraints:
                 self._threads = LLExecutor(workers)
             numbered = list(zip(matchers, range(len(matchers))))
             self._threads.unsafe_compute_mask_ptr(numbered, masks.ctypes.data, masks[0].nbytes, len(matchers))
-        for matcher, mask in zip(matchers, masks):
-            if matcher.is_error() or not mask.any():
+        filled: list[bool] = np.any(masks, axis=1).tolist()
+        for matcher, mask, some in zip(matchers, masks, filled):
+            if not some or matcher.is_error():
                 mask[:] = ALL  # the token drawn will not be accepted, which ends this request and no other
         return masks
 

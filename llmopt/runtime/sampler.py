@@ -87,8 +87,11 @@ class HostSampler:
         sampled = []
         for i, (seq_id, row, greedy) in enumerate(zip(seq_ids, rows, best.tolist(), strict=True)):
             mask = masks.get(seq_id) if masks else None
-            if row.plain and mask is None:
-                result = Sampled(greedy)
+            if row.plain:
+                result = Sampled(greedy if mask is None else _best_allowed(logits[i], greedy, mask))
+                if result.token == NO_TOKEN:
+                    sampled.append(result)
+                    continue
             else:
                 edited = _edit(row, logits[i], mask)
                 if edited.max() == -np.inf:
@@ -105,6 +108,17 @@ def _is_plain(params: SamplingParams) -> bool:
     """Whether a row is nothing but an argmax."""
     off = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
     return params.temperature == 0 and off and not params.logit_bias and params.logprobs is None
+
+
+def _best_allowed(x: FloatArray, best: int, mask: Bitmask) -> int:
+    """The best token of logits ``x`` (V,) that the mask allows, NO_TOKEN without any; ``best`` is the best of all."""
+    if mask[best >> 5] >> (best & 31) & 1:
+        return best
+    # Only what is allowed is looked at: often few.
+    ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), count=len(x), bitorder="little").view(bool))
+    left = x[ids]
+    index = int(left.argmax()) if len(ids) else 0
+    return int(ids[index]) if len(ids) and left[index] > -np.inf else NO_TOKEN
 
 
 def _draws(rows: Sequence[_Row]) -> dict[int, float]:

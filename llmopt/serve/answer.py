@@ -91,7 +91,9 @@ class Answer:
         self._request, self._client, self._observer = request, client, observer or Observer()
         self.head = Head(model.name, chat=isinstance(request, ChatRequest), id=caller.request_id)
         self._model, self._caller = model, caller
-        self._prompts = request_prompts(request, model.tokenizer, model.chat, model.tools, model.limits)
+        self._prompts = request_prompts(
+            request, model.tokenizer, model.chat, model.tools, model.limits, model.engine.context
+        )
         self._grammar = self._checked_grammar()
         self._choices = [
             self._choice(p * request.choices + i, ids, echo, request.params(i))

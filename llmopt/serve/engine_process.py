@@ -6,8 +6,8 @@ pair. It lives as long as that socket: when the API process dies, it exits.
 
 from __future__ import annotations
 
-import gc
 import json
+import os
 import signal
 import socket
 import sys
@@ -24,6 +24,7 @@ from llmopt.runtime.fairness import QueueOptions
 from llmopt.runtime.grammar import GrammarCompiler
 from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.swap import SwapOptions
+from llmopt.serve.process import keep_what_is_loaded
 from llmopt.serve.stats import engine_stats
 from llmopt.serve.wire import (
     VERSION,
@@ -47,12 +48,13 @@ INTERNAL = 70
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the engine process loads, and how it schedules."""
+    """What the engine process loads, and how it schedules. ``nice``: how far it stands back on cores it shares."""
 
     artifact: str
     weights: str | None
     load: LoadOptions
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    nice: int = 0
 
     def to_json(self) -> str:
         """For the command line of the process."""
@@ -65,7 +67,7 @@ class EngineOptions:
         how = raw["scheduler"]
         nested = {"queue": QueueOptions(**how["queue"]), "swap": SwapOptions(**how["swap"])}
         scheduler = SchedulerOptions(**{**how, **nested})
-        return EngineOptions(raw["artifact"], raw["weights"], LoadOptions(**raw["load"]), scheduler)
+        return EngineOptions(raw["artifact"], raw["weights"], LoadOptions(**raw["load"]), scheduler, raw["nice"])
 
 
 def load_core(options: EngineOptions) -> EngineCore:
@@ -165,8 +167,7 @@ def run_engine(descriptor: int, load: Callable[[], EngineCore]) -> int:
     with socket.socket(fileno=descriptor) as connection, Channel(connection) as channel:
         try:
             core = load()
-            gc.collect()
-            gc.freeze()  # what is loaded stays: no collection need look at it again
+            keep_what_is_loaded()
             try:
                 EngineLoop(core, channel).run()
             finally:
@@ -192,6 +193,7 @@ def _die(channel: Channel, last: Fatal) -> int:
 def main() -> int:
     """Entry point of the process."""
     options = EngineOptions.from_json(sys.argv[2])
+    os.nice(options.nice)  # before any thread of the executor exists: each has its own
     return run_engine(int(sys.argv[1]), lambda: load_core(options))
 
 

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from llmopt.errors import LlmoptError
 from llmopt.serve.errors import ApiError, error_body, error_headers, status_of
 from llmopt.serve.limits import Limits
-from llmopt.serve.memory import return_memory
+from llmopt.serve.process import return_memory
 
 LARGE = 1 << 18
 """Bytes of a body that is worked on apart: reading 10 MB takes seconds, in which other requests come in."""

@@ -13,6 +13,8 @@ from llmopt.serve.limits import Limits
 from llmopt.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from llmopt.serve.tools import ToolFormat, detect_format
 
+HEAD = 16
+"""Characters for each token of the context: what they hold says whether a longer text can fit."""
 MAX_ID = 1 << 32
 """Tokenizers count in 32 bits: a larger id belongs to no vocabulary."""
 
@@ -23,27 +25,48 @@ def request_prompts(
     chat: ChatTemplate | None,
     form: ToolFormat | None,
     limits: Limits,
+    context: int,
 ) -> list[tuple[list[int], str]]:
     """Token ids of each prompt, and the text to echo before its answer.
 
     A conversation goes through the chat template, which writes the special tokens itself. ``form``: of the model's
-    tool calls, if not the one its template teaches. Raises ApiError when there is no template, a prompt is empty, one
-    to echo holds an id no vocabulary has, or more choices are asked for than the limits allow.
+    tool calls, if not the one its template teaches. Raises ApiError when there is no template, a prompt is empty or
+    too long, one to echo holds an id no vocabulary has, or more choices are asked for than the limits allow.
     """
     if isinstance(request, ChatRequest):
         limits.check_choices(request.choices)
         text = chat_prompt(request, chat, form or detect_format(None if chat is None else chat.source))
-        return [(tokenizer.encode(text, special=False), "")]
+        return [(_encoded(text, tokenizer, context, "messages", special=False), "")]
     assert isinstance(request, CompletionRequest)
     asked = request.prompts()
     limits.check_choices(len(asked) * request.choices)
     prompts = []
     for prompt in asked:
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = _encoded(prompt, tokenizer, context, "prompt") if isinstance(prompt, str) else prompt
         if prompt == "" or not ids:
             raise ApiError("the prompt is empty", param="prompt")
+        if len(ids) >= context:
+            raise _too_long(str(len(ids)), context, "prompt")
         prompts.append((ids, _echo(prompt, tokenizer) if request.echo else ""))
     return prompts
+
+
+def _encoded(text: str, tokenizer: Tokenizer, context: int, param: str, *, special: bool = True) -> list[int]:
+    """Token ids of a text that fits. One whose head alone holds twice the context is not read to its end (whatever a
+    cut does to the tokens around it): 10 MB of text take seconds and 1.5 GB."""
+    head = text[: HEAD * context]
+    if len(head) < len(text) and len(tokenizer.encode(head, special=special)) > 2 * context:
+        raise _too_long(f"more than {context}", context, param)
+    ids = tokenizer.encode(text, special=special)
+    if len(ids) >= context:
+        raise _too_long(str(len(ids)), context, param)
+    return ids
+
+
+def _too_long(tokens: str, context: int, param: str) -> ApiError:
+    """The error of a prompt that leaves no room for an answer, with the code that clients of OpenAI's know."""
+    what = f"the prompt has {tokens} tokens and the context is {context}: at most {context - 1} leave room for one new"
+    return ApiError(what, param=param, code="context_length_exceeded")
 
 
 def _echo(prompt: str | list[int], tokenizer: Tokenizer) -> str:

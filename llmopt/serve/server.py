@@ -26,6 +26,7 @@ from llmopt.serve.connection import timed_connections
 from llmopt.serve.engine_process import EngineOptions
 from llmopt.serve.health import Canary
 from llmopt.serve.limits import Limits
+from llmopt.serve.process import favour_the_loop, keep_what_is_loaded
 from llmopt.serve.tools import ToolFormat
 from llmopt.serve.wire import Ready
 
@@ -108,6 +109,7 @@ def serve(
     Raises ResourceError when the port is taken, the engine's typed error when it could not load or died.
     """
     listener = listen(options.host, options.port)
+    favour_the_loop()
     with listener:
         asyncio.run(_serve(options, command, tokenizer, chat, announce, listener))
 
@@ -142,6 +144,7 @@ async def _serve(
             ws="none",
         )
         server = _Server(config)
+        keep_what_is_loaded()
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         announce(_url(listener))
         log("serving", url=_url(listener), model=model.name, context=model.engine.context)

@@ -25,6 +25,7 @@ class Settings:
     weights: Path | None = _setting(None, "Directory of weights that are kept outside.")  # noqa: RUF009
     device: str = _setting("cpu", "Device of the executor: cpu or cuda.")
     threads: int = _setting(0, "Threads of the executor (0: all cores).", least=0)
+    engine_nice: int = _setting(5, "How far the engine stands back on cores it shares (0: not; 19: most).", least=0)
     max_sequences: int = _setting(8, "Sequences a step may hold.", least=1)
     max_context: int | None = _setting(None, "Longest sequence (default: the artifact's).", least=2)
     kv_bytes: int | None = _setting(None, "Memory for KV state (default: what the device has left).", least=1)

@@ -19,6 +19,9 @@ import pytest
 from llmopt.cli.main import run
 from llmopt.runtime.tokenizer import Tokenizer
 
+CLIENT = httpx.Client(timeout=20)
+"""Made once: a client of its own takes a request as long as everything else, and a dead server answers for 2 s."""
+
 
 @dataclass
 class Running:
@@ -37,6 +40,14 @@ class Running:
         """Exit code and standard error of the process."""
         _, errors = self.process.communicate(timeout=seconds)
         return self.process.returncode, errors
+
+
+def until(condition, seconds=30.0):
+    """Wait for a condition, or fail."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
 
 
 def gone(pid: int, seconds: float = 10.0) -> bool:

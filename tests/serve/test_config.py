@@ -67,7 +67,7 @@ def test_every_setting_is_in_help():
 
 def test_options_survive_the_engines_command_line():
     settings = load_settings(None, {"chunk": 64, "swap_bytes": 9, "max_waiting": 3})
-    options = EngineOptions("a", None, load_options(settings), scheduler_options(settings))
+    options = EngineOptions("a", None, load_options(settings), scheduler_options(settings), settings.engine_nice)
     assert EngineOptions.from_json(options.to_json()) == options
 
 

@@ -14,22 +14,23 @@ import pytest
 
 from llmopt.errors import ResourceError
 from llmopt.serve.server import listen
-from tests.serve.conftest import gone
+from tests.serve.conftest import CLIENT, gone, until
 
 SLOW = {"sleep": 0.05}
 LONG = {"prompt": "Hi", "temperature": 0, "max_tokens": 80}
 
 
 def health(server):
-    return httpx.get(f"{server.url}/health", timeout=5)
+    return CLIENT.get(f"{server.url}/health")
 
 
-def until(condition, seconds=10.0):
-    """Wait for a condition, or fail."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
+def refuses(server):
+    """Whether its port is closed."""
+    try:
+        socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 class Background(threading.Thread):
@@ -64,10 +65,10 @@ def test_a_dead_engine_fails_requests_at_once_and_ends_the_server(start):
     assert "the engine process died (signal 9)" in stream.error()["message"]
     assert "the engine process died (signal 9)" in whole.error()["message"]
     assert whole.response.status_code == 503
-    assert time.monotonic() - killed < 1.5
+    assert time.monotonic() - killed < 3  # the answers take four seconds
     assert health(server).status_code == 503
     assert "signal 9" in health(server).json()["error"]
-    assert httpx.post(f"{server.url}/v1/completions", json=LONG).status_code == 503
+    assert CLIENT.post(f"{server.url}/v1/completions", json=LONG).status_code == 503
     assert server.wait() == (12, "error: the engine process died (signal 9)\n")
 
 
@@ -128,9 +129,7 @@ def test_a_signal_drains(start, number):
     until(lambda: len(stream.lines) > 2)
     engine = server.engine_pid()
     server.process.send_signal(number)
-    time.sleep(0.2)
-    with pytest.raises(httpx.ConnectError):
-        health(server)
+    until(lambda: refuses(server))
     stream.join(10)
     assert stream.lines[-1] == "data: [DONE]"
     assert '"finish_reason": "length"' in stream.lines[-2]
@@ -157,19 +156,19 @@ def test_draining_has_an_end(start):
     server.process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
     assert server.wait()[0] == 0
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 12  # the answer takes sixteen seconds
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_is_forgotten(start, stream):
-    server = start(SLOW)
+    server = start({"sleep": 0.3})
     body = json.dumps({**LONG, "stream": stream, "n": 2}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
     port = int(server.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(head + body)
         until(lambda: health(server).json()["active_requests"] == 2)
-    until(lambda: health(server).json()["active_requests"] == 0, seconds=1.5)  # the answer itself takes four seconds
+    until(lambda: health(server).json()["active_requests"] == 0, seconds=10)  # the answer itself takes 24 seconds
 
 
 def test_an_artifact_that_does_not_load_ends_the_server_with_its_code(start):
@@ -189,7 +188,7 @@ def test_a_signal_while_loading_ends_the_server(start, root, embedded_model):
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
     assert process.wait(20) == 0
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 15  # loading takes thirty seconds
 
 
 def test_a_port_in_use_is_a_resource_error(start, server):
@@ -207,10 +206,10 @@ def test_an_address_nobody_has_is_a_resource_error():
 
 def test_requests_share_the_engine(start):
     """Four requests together take about as long as one: they are batched, not queued."""
-    server = start({"sleep": 0.03})
+    server = start({"sleep": 0.1})
     begun = time.monotonic()
-    requests = [Background(server, **{**LONG, "max_tokens": 30}) for _ in range(4)]
+    requests = [Background(server, **{**LONG, "max_tokens": 15}) for _ in range(4)]
     for request in requests:
         request.join(20)
     assert len({json.loads(r.lines[0])["choices"][0]["text"] for r in requests}) == 1
-    assert time.monotonic() - begun < 2.5
+    assert time.monotonic() - begun < 5
