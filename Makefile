@@ -60,7 +60,7 @@ soak: $(STAMP) ## 10,000 mixed requests from 64 clients against the embedded mod
 	$(BIN)/llmopt compile models/classics-2m -r fp32-cpu -o build/soak --max-context 512
 	$(BIN)/python benchmarks/soak.py build/soak --requests 10000 --kill-engine
 
-docs: $(STAMP) ## Regenerate docs/benchmarks.md from benchmarks/rows
+docs: $(STAMP) ## Regenerate docs' tables from benchmarks/rows
 	$(BIN)/python benchmarks/render.py
 
 clean: ## Remove what the targets above made

@@ -9,7 +9,7 @@ import argparse
 import json
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmopt.calibration.text import read_text, read_windows
 from llmopt.frontend import capture, load_checkpoint
-from llmopt.ir.folding import LINEAR, find_folding
+from llmopt.ir.folding import EXPERTS, LINEAR, find_folding
 from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import PassContext, PassManager
 from llmopt.ir.samples import Calibration
@@ -85,9 +85,12 @@ class Bench:
         return module
 
     def run(self, module: Module, passes: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Run passes, calibrated."""
+        """Run passes, calibrated; those that can, on experts too."""
         context = PassContext(load_target("reference").info, torch.float32, Calibration(self.calibration))
-        PassManager().run(module, [build_pass(name, options) for name, options in passes], context)
+        found = [build_pass(name, options) for name, options in passes]
+        if any(module.functions["step"].graph.find_nodes(op="call_function", target=EXPERTS)):
+            found = [replace(pass_, experts=True) if hasattr(pass_, "experts") else pass_ for pass_ in found]
+        PassManager().run(module, found, context)
 
     def score(self, module: Module, exact: Sequence[npt.NDArray[np.float32]]) -> Scores:
         """Losses, KL and agreement of a module."""

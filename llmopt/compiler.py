@@ -175,7 +175,8 @@ def accuracy_files(report: dict[str, Any], checkpoint: Checkpoint, title: str) -
     """accuracy.html, when accuracy was measured."""
     if "accuracy" not in report:
         return {}
-    return {"accuracy.html": accuracy_page(report["accuracy"], title, tokenizer_of(checkpoint)).encode()}
+    page = accuracy_page(report["accuracy"], title, tokenizer_of(checkpoint), report.get("notes", {}))
+    return {"accuracy.html": page.encode()}
 
 
 def pass_context(target: Target, recipe: Recipe) -> PassContext:

@@ -11,6 +11,15 @@ import numpy.typing as npt
 from llmopt.program import Program, TensorType
 
 
+class LinearTimes(Protocol):
+    """Measured times of linears: of one row, over a weight (n, k)."""
+
+    def __call__(self, n: int, k: int, dtype: str, bits: int | None, group: int) -> float | None:
+        """Microseconds over a weight of ``dtype``, or with ``bits`` over integers that share a scale in groups of
+        ``group`` columns; None when that shape was never measured."""
+        ...
+
+
 @dataclass(frozen=True)
 class TargetInfo:
     """What passes may know of a target.
@@ -18,8 +27,9 @@ class TargetInfo:
     ``functions``: the functions a module forks into: ``("step",)`` when one function serves decode and
     prefill, else ``("decode", "extend")``. ``layouts``: KV layouts it can run. ``dtypes``: compute dtypes.
     ``quant_bits``: weight bit widths of ``llmopt.linear_q`` it supports; ``quant_experts``: of
-    ``llmopt.moe_experts_q`` as well. ``quant_formats``: formats of its codes. ``activation_formats``: formats of
-    ``llmopt.round_activations``. ``kv_formats``: formats of quantized KV states, int8 and fp8_e4m3.
+    ``llmopt.moe_experts_q`` as well; ``quant_embeddings``: of ``llmopt.embedding_q`` as well. ``quant_formats``:
+    formats of its codes. ``activation_formats``: formats of ``llmopt.round_activations``. ``kv_formats``: formats of
+    quantized KV states, int8 and fp8_e4m3. ``linear_us``: microseconds measured of a linear of one row, see LinearTimes.
     """
 
     name: str
@@ -28,9 +38,11 @@ class TargetInfo:
     dtypes: tuple[str, ...] = ("float32",)
     quant_bits: tuple[int, ...] = ()
     quant_experts: bool = False
+    quant_embeddings: bool = False
     quant_formats: tuple[str, ...] = ("int",)
     activation_formats: tuple[str, ...] = ()
     kv_formats: tuple[str, ...] = ()
+    linear_us: LinearTimes = lambda n, k, dtype, bits, group: None
 
 
 class WeightReader(Protocol):
@@ -105,6 +117,7 @@ class LoadOptions:
 
 __all__ = [
     "BuildContext",
+    "LinearTimes",
     "LoadOptions",
     "Target",
     "TargetFiles",

@@ -34,15 +34,16 @@ class Awq(Pass):
 
     Scales favour channels of large activations and small weights, by the exponent whose rounding gives the least error
     of the layers' outputs on calibration text. List quantize_weights or gptq with the same ``bits``, ``group_size`` and
-    ``symmetric`` after it: this pass rounds nothing. ``clip``: search each group's limit as well, which changes
-    numerics. ``include``, ``exclude``, ``experts``: as quantize_weights; calls of one input are scaled together or not
-    at all, but for a router, which follows exactly. Each expert has scales and limits by the rows routed to it (few
-    rows: as gptq), and its second matrix scales of its own where the gate is a plain product.
+    ``symmetric`` after it: this pass rounds nothing. What set_precision or choose_precision said before counts for
+    them all. ``clip``: search each group's limit as well, which changes numerics. ``include``, ``exclude``,
+    ``experts``: as quantize_weights; calls of one input are scaled together or not at all, but for a router, which
+    follows exactly. Each expert has limits, and scales between its two matrices where the gate is a plain product, by
+    the rows routed to it (few rows: see Experts).
     """
 
     name: ClassVar[str] = "awq"
     calibrates: ClassVar[bool] = True
-    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "override_precision")
+    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "set_precision")
 
     bits: int = 4
     group_size: Literal[32, 64, 128] | None = 128

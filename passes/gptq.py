@@ -40,7 +40,14 @@ class Gptq(Pass):
 
     name: ClassVar[str] = "gptq"
     calibrates: ClassVar[bool] = True
-    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "awq", "smoothquant", "choose_precision")
+    after: ClassVar[tuple[str, ...]] = (
+        "fuse_qkv",
+        "fuse_gate_up",
+        "awq",
+        "smoothquant",
+        "choose_precision",
+        "set_precision",
+    )
     lossy: ClassVar[bool] = True
 
     bits: int = 4

@@ -14,7 +14,7 @@ from llmopt.ir.module import Module
 from llmopt.ir.ops.rounding import LIMITS
 from llmopt.ir.pass_manager import Pass, PassContext
 from llmopt.ir.rewrite import call, dialect
-from llmopt.ir.sites import CODES, Site, by_input, matches, nearest, quantized_names
+from llmopt.ir.sites import EXPERTS_Q, LINEAR_Q, Site, by_input, matches, nearest, quantized_names
 from llmopt.ir.weights import Constant, checkpoint_names
 
 
@@ -67,7 +67,7 @@ class QuantizeActivations(Pass):
         return count
 
     def _sites(self, module: Module, function: fx.GraphModule) -> list[Site]:
-        nodes = [n for n in function.graph.nodes if n.target in CODES]
+        nodes = [n for n in function.graph.nodes if n.target in (LINEAR_Q, EXPERTS_Q)]
         stems = {node: quantized_names(node)[0] for node in nodes}
         names = {node: checkpoint_names(stem, module.weights[f"{stem}.codes"]) for node, stem in stems.items()}
         everything = sorted({name for found in names.values() for name in found})

@@ -18,18 +18,26 @@ FP8_BLOCK = 128  # rows and columns of a block, as DeepSeek-V3 stores them
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
     """Matches ``aten.linear`` over a weight. Replaces it with ``llmopt.linear_q`` over ``<weight>.codes``,
-    ``.scales`` and, unless symmetric, ``.zeros``.
+    ``.scales`` and, unless symmetric, ``.zeros``; with ``embeddings``, ``aten.embedding`` with ``llmopt.embedding_q``.
 
     ``format``: int, or fp8_e4m3, which takes 8 ``bits``. ``bits``: width of a code, one the target supports.
     ``group_size``: input features that share a scale (null: one scale an output channel). ``scales``: of fp8, one a
     ``channel``, a ``tensor``, or ``blocks`` of 128×128. ``include`` and ``exclude``: glob patterns over the
     checkpoint's tensor names, also inside fused weights; ``.weight`` may be left out. ``lm_head``: quantize the layer
     that makes the logits too. ``experts``: also the experts of ``llmopt.moe_experts``, which become
-    ``llmopt.moe_experts_q``. ``routers``: also the linears that choose experts.
+    ``llmopt.moe_experts_q``. ``routers``: also the linears that choose experts. ``embeddings``: also the tables that
+    tokens look up; one that makes the logits too is quantized for that only with ``lm_head``.
     """
 
     name: ClassVar[str] = "quantize_weights"
-    after: ClassVar[tuple[str, ...]] = ("fuse_qkv", "fuse_gate_up", "awq", "smoothquant", "choose_precision")
+    after: ClassVar[tuple[str, ...]] = (
+        "fuse_qkv",
+        "fuse_gate_up",
+        "awq",
+        "smoothquant",
+        "choose_precision",
+        "set_precision",
+    )
     lossy: ClassVar[bool] = True
 
     format: Literal["int", "fp8_e4m3"] = "int"
@@ -42,6 +50,7 @@ class QuantizeWeights(Pass):
     lm_head: bool = False
     experts: bool = False
     routers: bool = False
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         if self.format != "int" and (self.bits != 8 or self.group_size is not None or not self.symmetric):
@@ -52,14 +61,15 @@ class QuantizeWeights(Pass):
     def requires(self, module: Module, ctx: PassContext) -> None:
         """The target runs codes of this width, and quantized experts when they are asked for."""
         where, target = f"pass {self.name}", ctx.target
-        require_quantized(target, (self.bits,), self.experts, where)
+        require_quantized(target, (self.bits,), self.experts, where, self.embeddings)
         if self.format not in target.quant_formats:
             known = ", ".join(target.quant_formats)
             raise PassError(f"target {target.name} has no {self.format} weights", where=where, hint=f"it has: {known}")
 
     def run(self, module: Module, ctx: PassContext) -> int:
         """One rewrite a call."""
-        choice = Choice(f"pass {self.name}", self.include, self.exclude, self.lm_head, self.experts, self.routers)
+        also = self.lm_head, self.experts, self.routers, self.embeddings
+        choice = Choice(f"pass {self.name}", self.include, self.exclude, *also)
         sites = choice.sites(module, self.served(module))
         names = dict.fromkeys(name for _, site in sites for name in site.weights)
         tensors = {name: self._tensor(name, module, ctx) for name in names}
@@ -72,6 +82,9 @@ class QuantizeWeights(Pass):
 
     def _tensor(self, name: str, module: Module, ctx: PassContext) -> QuantTensor:
         where = f"pass {self.name}"
+        if self.format != "int" and name in module.precision:
+            place = f"{where}, layer {layer_name(module, name)}"
+            raise PassError(f"{self.format} has no bits and group size to choose", where=place, hint="format: int")
         rows, (bits, block) = 1, precision_of(module, name, self.bits, self.group_size, where)
         if self.scales == "tensor":
             rows = module.weights[name].shape[-2]

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import peers, render, waterfall
+from benchmarks import peers, quality_table, render, waterfall
 
 ROW = dict.fromkeys([*render.COLUMNS, "machine", "cores", "model"], 1) | {"recipe": "float32", "floor_percent": None}
 
@@ -86,3 +86,16 @@ def test_peers_stand_beside_rows_of_the_same_machine_and_shape(tmp_path):
     peers.add_peers(rows := [row, *others], path)
     assert (row["peer_ms"], row["peer_ttft_ms"]) == ("P 2.0, Q 2.0", "P 9.0")
     assert [r["peer_ms"] for r in rows[1:]] == [None] * 4
+
+
+def test_quality_tables_show_the_latest_of_each_scheme(tmp_path):
+    change = {"value": 0.0142, "low": 0.0118, "high": 0.0167}
+    row = {"model": "m", "scheme": "int4 g128", "windows": 96, "change": change, "kl_mean": {"value": 0.0284}}
+    against = {"perplexity": change, "kl_mean": {"value": -0.0062, "low": -0.0065, "high": -0.0058}}
+    rows = [{**row, "windows": 8}, {**row, "scheme": "new", "against_rtn": against}, row]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    first, second = quality_table.section(tmp_path).splitlines()[-2:]
+    assert first == "| int4 g128, to nearest | 96 | +1.42% (+1.18 to +1.67) | 0.0284 | – | – |"
+    assert second.endswith("| +1.42% (+1.18 to +1.67) | -0.0062 (-0.0065 to -0.0058) |")
+    with pytest.raises(ValueError, match=r"quantization.md lacks"):
+        quality_table.fill("no markers", tmp_path)

@@ -98,7 +98,7 @@ def traffic(node: fx.Node, base: str) -> int:
     """Bytes a node reads and writes; of gathered tables and of KV states only the rows it touches."""
     writes = node.meta.get("val")
     match base:
-        case "embedding" | "index_select":
+        case "embedding" | "embedding_q" | "index_select":
             return 2 * nbytes(writes)
         case "moe_experts" | "moe_experts_q":
             return moe_bytes(node, base)
@@ -157,7 +157,7 @@ def argument(node: fx.Node, index: int) -> list[int]:
 def flops(node: fx.Node, base: str) -> int:
     """Multiplications and additions of a node (an elementwise op counts one an element)."""
     value = node.meta.get("val")
-    if base in VIEWS or base == "embedding" or not isinstance(value, torch.Tensor | tuple | list):
+    if base in VIEWS or base in ("embedding", "embedding_q") or not isinstance(value, torch.Tensor | tuple | list):
         return 0
     if base in ("linear", "linear_q"):
         return 2 * math.prod(argument(node, 0)) * argument(node, 1)[0]

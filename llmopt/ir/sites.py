@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,13 +21,16 @@ from llmopt.target import TargetInfo
 
 LINEAR, LINEAR_Q = aten.linear.default, dialect.linear_q.default
 EXPERTS, EXPERTS_Q = dialect.moe_experts.default, dialect.moe_experts_q.default
-CODES = {LINEAR_Q: (1,), EXPERTS_Q: (3, 6)}
+EMBEDDING, EMBEDDING_Q = aten.embedding.default, dialect.embedding_q.default
+WEIGHTS = {LINEAR: slice(1, 2), EXPERTS: slice(3, 5), EMBEDDING: slice(0, 1)}
+"""Arguments of a call that may be quantized."""
+CODES = {LINEAR_Q: (1,), EXPERTS_Q: (3, 6), EMBEDDING_Q: (0,)}
 """Arguments of a quantized call that are codes."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A call over one weight (a linear) or two (experts)."""
+    """A call over one weight (a linear, an embedding) or two (experts)."""
 
     node: fx.Node
     weights: tuple[str, ...]
@@ -44,7 +48,7 @@ class Choice:
     """Glob patterns over the checkpoint's tensor names (``.weight`` may be left out); ``where`` is blamed in errors.
 
     ``lm_head``: the linear that makes the logits too. ``experts``: those of ``llmopt.moe_experts`` too. ``routers``:
-    the linears that choose experts too, whose rounding changes which of them run.
+    the linears that choose experts too, whose rounding changes which of them run. ``embeddings``: tables too.
     """
 
     where: str
@@ -53,6 +57,7 @@ class Choice:
     lm_head: bool = False
     experts: bool = False
     routers: bool = False
+    embeddings: bool = False
 
     def sites(self, module: Module, functions: Iterable[fx.GraphModule]) -> list[tuple[fx.GraphModule, Site]]:
         """The chosen calls in program order.
@@ -75,11 +80,11 @@ class Choice:
         left = set() if self.routers else routers(function)
         if not self.lm_head and (head := logits_linear(function)) is not None:
             left.add(head)
+        wanted = {LINEAR} | ({EXPERTS} if self.experts else set()) | ({EMBEDDING} if self.embeddings else set())
         for node in function.graph.nodes:
-            slots = {LINEAR: slice(1, 2), EXPERTS: slice(3, 5)}.get(node.target)
-            if slots is None or node in left or (node.target == EXPERTS and not self.experts):
+            if node.target not in wanted or node in left:
                 continue
-            weights = arguments(node)[slots]
+            weights = arguments(node)[WEIGHTS[node.target]]
             if all(w.op == "get_attr" for w in weights):
                 names = tuple(str(w.target) for w in weights)
                 if not any(name in module.precision and module.precision[name] is None for name in names):
@@ -107,14 +112,18 @@ class Choice:
         return wanted
 
 
-def require_quantized(target: TargetInfo, bits: Iterable[int], experts: bool, where: str) -> None:
-    """Raise PassError unless the target runs codes of these widths, and quantized experts when they are asked for."""
+def require_quantized(
+    target: TargetInfo, bits: Iterable[int], experts: bool, where: str, embeddings: bool = False
+) -> None:
+    """Raise PassError unless the target runs codes of these widths, quantized experts and embeddings when asked for."""
     if missing := [b for b in bits if b not in target.quant_bits]:
         known = ", ".join(map(str, target.quant_bits)) or "none"
         what = f"target {target.name} has no {missing[0]}-bit weights"
         raise PassError(what, where=where, hint=f"it has: {known}")
     if experts and not target.quant_experts:
         raise PassError(f"target {target.name} has no quantized experts", where=where, hint="experts: false")
+    if embeddings and not target.quant_embeddings:
+        raise PassError(f"target {target.name} has no quantized embeddings", where=where, hint="embeddings: false")
 
 
 def layer_name(module: Module, weight: str) -> str:
@@ -154,8 +163,9 @@ def put_codes(module: Module, function: fx.GraphModule, site: Site, tensors: Map
     parts: list[fx.Node | None] = []
     node = site.node
     chosen = [tensors[name] for name in site.weights]
-    module.originals |= {name: module.weights[name] for name in site.weights}
-    for name, tensor in zip(site.weights, chosen):
+    stems = [free_stem(module, name, tensor) for name, tensor in zip(site.weights, chosen)]
+    module.originals |= {stem: module.weights[name] for stem, name in zip(stems, site.weights)}
+    for name, tensor in zip(stems, chosen):
         for kind, part in (("codes", tensor.codes), ("scales", tensor.scales), ("zeros", tensor.zeros)):
             parts.append(None if part is None else module.weight_node(function, f"{name}.{kind}", part))
     schemes = [tensor.scheme for tensor in chosen]
@@ -163,8 +173,10 @@ def put_codes(module: Module, function: fx.GraphModule, site: Site, tensors: Map
     given = arguments(node)
     if node.target == LINEAR:
         index = chosen[0].g_idx
-        g_idx = None if index is None else module.weight_node(function, f"{site.weights[0]}.g_idx", index)
+        g_idx = None if index is None else module.weight_node(function, f"{stems[0]}.g_idx", index)
         target, args = LINEAR_Q, (given[0], *parts, given[2], g_idx, *common, *blocks)
+    elif node.target == EMBEDDING:
+        target, args = EMBEDDING_Q, (*parts, given[1], *common, *blocks, node.meta["val"].dtype)
     else:
         target, args = EXPERTS_Q, (*given[:3], *parts, *given[5:], *common, *blocks)
     with function.graph.inserting_before(node):
@@ -172,6 +184,14 @@ def put_codes(module: Module, function: fx.GraphModule, site: Site, tensors: Map
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     function.graph.erase_node(node)
+
+
+def free_stem(module: Module, name: str, tensor: QuantTensor) -> str:
+    """What a weight's codes are named after: its name, with + while codes of another quantization have it (a table that
+    embeds in one format and makes the logits in another)."""
+    while module.weights.get(f"{name}.codes", tensor.codes) is not tensor.codes:
+        name += "+"
+    return name
 
 
 def restored(module: Module, keep: Collection[str]) -> Module:
@@ -184,20 +204,27 @@ def restored(module: Module, keep: Collection[str]) -> Module:
     copy = replace(module, functions=functions, weights=dict(module.weights))
     for function in functions.values():
         for node in [n for n in function.graph.nodes if n.target in CODES]:
-            given, names = arguments(node), quantized_names(node)
+            names = quantized_names(node)
             if not set(names).isdisjoint(keep) or not set(names) <= module.originals.keys():
                 continue
             weights = [copy.weight_node(function, name, module.originals[name]) for name in names]
-            first = unrounded(given[0])
+            target, args = plain_call(node, weights)
             with function.graph.inserting_before(node):
-                if node.target == LINEAR_Q:
-                    plain = function.graph.call_function(LINEAR, (first, *weights, given[4]))
-                else:
-                    plain = function.graph.call_function(EXPERTS, (first, *given[1:3], *weights, *given[9:12]))
+                plain = function.graph.call_function(target, args)
             plain.meta = dict(node.meta)
             node.replace_all_uses_with(plain)
             function.graph.erase_node(node)
     return copy
+
+
+def plain_call(node: fx.Node, weights: Sequence[fx.Node]) -> tuple[Any, tuple[Any, ...]]:
+    """The call a quantized one was made of: its op and arguments, over these weights."""
+    given = arguments(node)
+    if node.target == LINEAR_Q:
+        return LINEAR, (unrounded(given[0]), *weights, given[4])
+    if node.target == EXPERTS_Q:
+        return EXPERTS, (unrounded(given[0]), *given[1:3], *weights, *given[9:12])
+    return EMBEDDING, (*weights, given[3])
 
 
 def quantized_names(node: fx.Node) -> tuple[str, ...]:

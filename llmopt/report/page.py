@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from llmopt.report.choice_page import choice_section
 from llmopt.report.svg import bars, lines
+from llmopt.report.tables import table
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,8 +23,16 @@ svg { max-width: 100%; height: auto } .note { color: #666 }
 """
 
 
-def accuracy_page(result: dict[str, Any], title: str, tokenizer: Tokenizer | None = None) -> str:
-    """HTML of what ``summarize`` or ``prove`` found; token ids become text where there is a tokenizer."""
+def accuracy_page(
+    result: dict[str, Any],
+    title: str,
+    tokenizer: Tokenizer | None = None,
+    notes: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """HTML of what ``summarize`` or ``prove`` found; token ids become text where there is a tokenizer.
+
+    ``notes``: those of the passes; the choice of precision is shown too.
+    """
     base = result["baseline"]
     parts = [f"<h1>{escape(title)}: accuracy against its baseline</h1>", figures(result)]
     starts = [p["start"] for p in base["positions"]]
@@ -38,6 +49,8 @@ def accuracy_page(result: dict[str, Any], title: str, tokenizer: Tokenizer | Non
     ]
     if layers := result.get("layers"):
         parts += layer_plots(layers)
+    if "choose_precision" in notes:
+        parts += choice_section(notes["choose_precision"])
     parts += ["<h2>Tokens that changed most</h2>", worst_table(base["worst"], tokenizer)]
     head = f'<meta charset="utf-8"><title>{escape(title)}: accuracy</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
@@ -83,16 +96,3 @@ def worst_table(worst: Sequence[dict[str, Any]], tokenizer: Tokenizer | None) ->
         for w in worst
     ]  # fmt: skip
     return table(("window:position", "context", "next", "KL", "baseline loss", "loss"), rows)
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; cells that start like numbers are right aligned."""
-    head = "".join(f"<th>{escape(h)}</th>" for h in headers)
-    body = "".join("<tr>" + "".join(cell(c) for c in row) + "</tr>\n" for row in rows)
-    return f"<table><tr>{head}</tr>\n{body}</table>"
-
-
-def cell(text: str) -> str:
-    """A table cell."""
-    number = text[:1].isdigit() or text[:1] in "+-"
-    return f"<td{' class=n' if number else ''}>{escape(text)}</td>"

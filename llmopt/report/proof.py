@@ -14,7 +14,7 @@ from llmopt.ir.feed import limit_chunk, run_sequence
 from llmopt.ir.module import Module
 from llmopt.ir.ops.moe import moe_experts
 from llmopt.ir.rewrite import arguments
-from llmopt.ir.sites import CODES, LINEAR_Q, quantized_names, restored, unrounded
+from llmopt.ir.sites import CODES, EMBEDDING_Q, LINEAR_Q, quantized_names, restored, unrounded
 from llmopt.report.accuracy import kl_divergence
 from llmopt.report.evaluate import Scores, summarize
 
@@ -60,7 +60,7 @@ def logits(module: Module, tokens: Tensor, observe: Callable[[fx.Node, Any], Non
 
 
 def quantized_calls(module: Module) -> Iterable[tuple[str, fx.Node]]:
-    """Name of the (first) weight and call of linears and experts whose original weights are known, in program order."""
+    """Name of the (first) weight and call of quantized calls whose original weights are known, in program order."""
     function = module.functions["step" if "step" in module.functions else "extend"]
     for node in function.graph.nodes:
         if node.target in CODES and set(names := quantized_names(node)) <= module.originals.keys():
@@ -73,8 +73,8 @@ class OutputErrors:
     def __init__(self, module: Module) -> None:
         self.module = module
         self.names = {node: name for name, node in quantized_calls(module)}
-        read = [(unrounded(arguments(node)[0]), *arguments(node)[1:3]) for node in self.names]
-        self.wanted = {value for values in read for value in values if value.op == "call_function"}
+        read = [value for node in self.names for value in (unrounded(arguments(node)[0]), *arguments(node)[1:4])]
+        self.wanted = {value for value in read if isinstance(value, fx.Node) and value.op != "get_attr"}
         self.inputs: dict[fx.Node, Tensor] = {}
         self.sums = {name: [0.0, 0.0] for name in self.names.values()}
 
@@ -89,7 +89,10 @@ class OutputErrors:
             self.inputs[node] = value
         if (name := self.names.get(node)) is None:
             return
-        made, exact = self._linear(node, value) if node.target == LINEAR_Q else (value, self._experts(node))
+        if node.target == EMBEDDING_Q:
+            made, exact = value, F.embedding(self.inputs[arguments(node)[3]], self.module.originals[name].tensor())
+        else:
+            made, exact = self._linear(node, value) if node.target == LINEAR_Q else (value, self._experts(node))
         self.sums[name][0] += float((made - exact).double().pow(2).sum())
         self.sums[name][1] += float(exact.double().pow(2).sum())
 

@@ -6,7 +6,7 @@ from math import prod
 
 from llmopt.program import Function, OpCall, Program, Ref, dtype_bytes
 
-GATHERS = ("aten.embedding.default",)
+GATHERS = ("aten.embedding.default", "llmopt.embedding_q")
 EXPERTS = ("llmopt.moe_experts", "llmopt.moe_experts_q")
 
 
@@ -57,7 +57,7 @@ def _bits(call: OpCall, argument: str, dtype: str) -> int:
 
 def _share(function: Function, call: OpCall, argument: str, shape: tuple[int, ...], rows: int) -> float:
     """Share of a weight the call touches."""
-    if call.op in GATHERS and argument == "weight":
+    if call.op in GATHERS and argument != "indices":
         return min(1.0, rows / shape[0])
     if call.op in EXPERTS:
         index = call.args["index"]

@@ -12,6 +12,7 @@ from .build import build
 from .cache import CubinCache
 from .options import clamp, parse_options
 from .pack import BITS
+from .tuning.measured import linear_us
 
 RUNNABLE = ("paged", "ring")
 
@@ -27,6 +28,7 @@ class CudaTarget:
         dtypes=("bfloat16", "float16"),
         quant_bits=BITS,
         kv_formats=("int8", "fp8_e4m3"),
+        linear_us=linear_us,
     )
 
     def build(self, program: Program, weights: Mapping[str, WeightReader], ctx: BuildContext) -> TargetFiles:

@@ -44,6 +44,7 @@ class OnnxRuntimeTarget:
         dtypes=("float32", "float16"),
         quant_bits=(2, 3, 4, 5, 6, 7, 8),
         quant_experts=True,
+        quant_embeddings=True,
     )
 
     def build(self, program: Program, weights: Mapping[str, WeightReader], ctx: BuildContext) -> TargetFiles:

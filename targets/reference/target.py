@@ -20,6 +20,7 @@ class ReferenceTarget:
         dtypes=("float32", "bfloat16", "float16"),
         quant_bits=(2, 3, 4, 5, 6, 7, 8),
         quant_experts=True,
+        quant_embeddings=True,
         quant_formats=("int", "fp8_e4m3", "mxfp4"),
         activation_formats=("int8", "fp8_e4m3"),
         kv_formats=("int8", "fp8_e4m3"),

@@ -10,45 +10,56 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.quality import plant
 from llmopt.frontend import capture, load_checkpoint
 from llmopt.ir.module import Module
 from llmopt.report.accuracy import Doubles, block_bootstrap, kl_divergence, mean
 from llmopt.report.proof import logits
 from tests.calibration.running import calibrated
 from tests.e2e.classics import calibration_windows, held_out_windows
-from tests.passes.running import FUSIONS
+from tests.passes.running import FUSIONS, run
 
 MODEL = "classics-14m"
 G128: dict[str, Any] = {"bits": 4, "group_size": 128}
+EXPERTS: dict[str, Any] = {"experts": True}
 SCHEMES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "rounded": [("quantize_weights", G128)],
     "gptq": [("gptq", G128)],
     "awq": [("awq", G128), ("quantize_weights", G128)],
     "one scale a channel": [("quantize_weights", {"bits": 4})],
+    "experts rounded": [("quantize_weights", G128 | EXPERTS)],
+    "experts gptq": [("gptq", G128 | EXPERTS)],
+    "experts awq": [("awq", G128 | EXPERTS), ("quantize_weights", G128 | EXPERTS)],
+    "experts int8": [("quantize_weights", EXPERTS)],
+    "experts W8A8": [("quantize_weights", EXPERTS), ("quantize_activations", {})],
+    "experts smoothed W8A8": [("smoothquant", EXPERTS), ("quantize_weights", EXPERTS), ("quantize_activations", {})],
 }
 
 
 class Quality:
     """KL of schemes from fp32 on held-out windows, (windows, tokens), each computed once."""
 
-    def __init__(self, shared: Path, folder: Path) -> None:
-        self.checkpoint, self.folder = shared / "models" / MODEL, folder
-        self.windows = torch.from_numpy(held_out_windows(shared, MODEL)[:6])
-        self.tokens = calibration_windows(shared, MODEL, 16)
+    def __init__(self, shared: Path, folder: Path, model: str = MODEL, windows: int = 6, calibration: int = 16) -> None:
+        self.checkpoint, self.folder = shared / "models" / model, folder
+        self.windows = torch.from_numpy(held_out_windows(shared, model)[:windows])
+        self.tokens = calibration_windows(shared, model, calibration)
         self.exact = self.run(self.module([]))
         self.known: dict[str, Doubles] = {}
 
-    def module(self, passes: list[tuple[str, dict[str, Any]]]) -> Module:
+    def module(self, passes: list[tuple[str, dict[str, Any]]], planted: bool = False) -> Module:
         module = capture(load_checkpoint(self.checkpoint), torch.float32, 512).module
-        calibrated(module, self.folder, *FUSIONS, *passes, tokens=self.tokens)
+        run(module, *FUSIONS)
+        if planted:
+            plant(module)
+        calibrated(module, self.folder, *passes, tokens=self.tokens)
         return module
 
     def run(self, module: Module) -> list[Tensor]:
         return [logits(module, window) for window in self.windows]
 
-    def kl(self, scheme: str) -> Doubles:
+    def kl(self, scheme: str, planted: bool = False) -> Doubles:
         if scheme not in self.known:
-            made = self.run(self.module(SCHEMES[scheme]))
+            made = self.run(self.module(SCHEMES[scheme], planted))
             rows = [kl_divergence(a.numpy(), b.numpy()) for a, b in zip(self.exact, made)]
             self.known[scheme] = np.stack(rows)
         return self.known[scheme]
@@ -57,6 +68,26 @@ class Quality:
 @pytest.fixture(scope="module")
 def quality(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Quality:
     return Quality(shared, tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.fixture(scope="module")
+def experts(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Quality:
+    return Quality(shared, tmp_path_factory.mktemp("experts"), "classics-moe-12m", windows=3, calibration=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gptq", "awq"])
+def test_experts_are_better_than_rounded_to_nearest(experts: Quality, scheme: str) -> None:
+    difference = block_bootstrap(experts.kl(f"experts {scheme}") - experts.kl("experts rounded"), mean)
+    assert difference.high < 0
+    assert experts.kl("experts int8").mean() < 0.05 * experts.kl("experts rounded").mean()
+
+
+@pytest.mark.slow
+def test_planted_outliers_of_experts_are_smoothed(experts: Quality) -> None:
+    broken, repaired = (experts.kl(f"experts {name}", planted=True).mean() for name in ("W8A8", "smoothed W8A8"))
+    assert broken > 0.2
+    assert repaired < 0.01
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 
 from llmopt.errors import ConfigError, PassError
 from llmopt.ir.module import Module
+from llmopt.ir.pass_manager import PassManager
+from llmopt.ir.samples import Calibration
 from llmopt.ir.weights import Constant
 from llmopt.recipe import build_pass
+from llmopt.report.page import accuracy_page
 from llmopt.report.proof import prove
 from passes.choose_precision import number_of_bytes
-from tests.calibration.running import calibrated, mlp, windows
-from tests.passes.running import logits
+from tests.calibration.running import calibrated, mixture, mlp, windows
+from tests.passes.running import context, logits
 
 OPTIONS: dict[str, Any] = {"bits": [2, 3, 4, 6, 8], "group_sizes": [32]}
 RTN: tuple[str, dict[str, Any]] = ("quantize_weights", {"bits": 8, "group_size": 32})
@@ -108,12 +112,75 @@ def test_every_choice_is_explained(tmp_path: Path) -> None:
     assert len(sizes) > 6
 
 
+def timed(n: int, k: int, dtype: str, bits: int | None, group: int) -> float | None:
+    """A target whose 4-bit kernel was measured, and is slower than reading fp32."""
+    return 400.0 if (n, bits) == (128, 4) else None
+
+
+def test_measured_times_count_and_are_told(tmp_path: Path) -> None:
+    options = {"bits": [4, 8], "group_sizes": [32], "ms_per_token": 0.054, "bandwidth": "1GB/s"}
+    module, slow = uneven(), uneven()
+    calibrated(module, tmp_path, ("choose_precision", options))
+    context_ = replace(context(), calibration=Calibration(windows(), tmp_path))
+    target = replace(context_.target, linear_us=timed)
+    PassManager().run(slow, [build_pass("choose_precision", options)], replace(context_, target=target))
+    notes = [m.notes["choose_precision"]["layers"] for m in (module, slow)]
+    assert {o["time"] for layer in notes[0] for o in layer["options"]} == {"modelled"}
+    for layer in notes[1]:
+        wide = "down" not in layer["name"]
+        for option in layer["options"]:
+            measured = wide and option["label"].startswith("4")
+            assert option["time"] == ("measured" if measured else "modelled")
+            assert (option["ms"] == 0.4) == measured
+    up = [p for name, p in slow.precision.items() if "down" not in name]
+    assert up
+    assert all(p is None or p.bits == 8 for p in up)
+    assert any(p is not None and p.bits == 4 for p in module.precision.values())
+
+
+def test_a_token_reads_the_experts_it_is_routed_to(tmp_path: Path) -> None:
+    module, options = mixture(), {"experts": True, "bits": [4, 8], "group_sizes": [32], "kl": 1e-9}
+    times = {"ms_per_token": 1e3, "bandwidth": "1MB/s"}
+    calibrated(module, tmp_path, ("choose_precision", options | times), tokens=windows(vocab=61))
+    (layer,) = module.notes["choose_precision"]["layers"]
+    assert layer["name"] == "experts.gate_up, experts.down"
+    whole = layer["options"][-1]
+    assert whole["bytes"] == 4 * 4 * (192 * 64 + 64 * 96)
+    assert whole["ms"] == pytest.approx(whole["bytes"] / 1e3 / 2, rel=1e-3)  # two of four experts
+
+
+def test_experts_of_a_call_share_a_choice(tmp_path: Path) -> None:
+    module = mixture()
+    passes = [
+        ("choose_precision", {**OPTIONS, "experts": True, "size": "100kB"}),
+        ("gptq", {"group_size": 32, "experts": True}),
+    ]
+    calibrated(module, tmp_path, *passes, tokens=windows(vocab=61))
+    assert len(set(module.precision.values())) == 1
+    chosen = module.precision["experts.down"]
+    assert chosen is not None
+    assert 2 ** (chosen.bits - 1) <= int(module.weights["experts.down.codes"].tensor().max()) < 2**chosen.bits
+
+
+def test_the_page_shows_the_front_and_the_reasons(tmp_path: Path) -> None:
+    module = uneven()
+    calibrated(module, tmp_path, ("choose_precision", {**OPTIONS, "size": "60kB"}), RTN)
+    result = prove(uneven(), module, windows(4, 33, seed=8), lambda *_: None)
+    page, plain = accuracy_page(result, "t", None, module.notes), accuracy_page(result, "t")
+    assert "Choice of precision" in page
+    assert "Choice of precision" not in plain
+    assert page.count("<svg") == plain.count("<svg") + 1
+    for layer in module.notes["choose_precision"]["layers"]:
+        assert f"<td>{layer['name']}</td>" in page
+        assert layer["why"] in page
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"size": "5kB"}, r"the budget size 5kB cannot be met: the smallest choice takes [\d.]+ MB more"),
         ({"size": "1GB", "ms_per_token": 1e-9, "bandwidth": "1GB/s"}, "the budget ms_per_token 1e-09 cannot be met"),
-        ({"size": "45kB", "kl": 1e-6}, "the budgets kl 1e-06 and size 45kB exclude each other"),
+        ({"size": "45kB", "kl": 1e-6}, "the budgets kl 1e-06 and size 45kB exclude each other: within"),
         ({"size": "1GB", "bits": [9]}, "target reference has no 9-bit weights"),
     ],
 )

@@ -15,8 +15,11 @@ from llmopt.errors import ConfigError, PassError
 from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import PassContext, PassManager
 from llmopt.ir.quant import RoundToNearest, Scheme
+from llmopt.ir.sites import restored
 from llmopt.ir.weights import Constant
 from llmopt.recipe import build_pass
+from llmopt.registry import load_target
+from llmopt.report.proof import prove
 from llmopt.target import TargetInfo
 from tests.ir.handmade import Builder, aten, dialect, llama
 from tests.passes.running import FUSIONS, checked, logits, ops, rewrites, run, text
@@ -313,3 +316,60 @@ def test_a_target_without_fp8_is_refused() -> None:
 def test_fp8_blocks_must_divide() -> None:
     with pytest.raises(PassError, match="group_size 128 does not divide its 32 input features"):
         run(two_layers(), ("quantize_weights", {"format": "fp8_e4m3", "scales": "blocks"}))
+
+
+def tied(vocab: int = 17) -> Module:
+    """A table that both embeds and makes the logits."""
+    b = Builder(vocab=vocab)
+    x = b.linear(b.embed(32), "model.a", 32)
+    return b.finish(b.call(aten.linear.default, x, b.weight("embed.weight", vocab, 32)))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 32)])
+def test_embeddings_equal_rounding_by_hand(bits: int, group: int | None, symmetric: bool) -> None:
+    module = two_layers()
+    expected = logits(by_hand(module, ["embed.weight"], bits=bits, group=group, symmetric=symmetric))
+    options: Options = {"bits": bits, "group_size": group, "symmetric": symmetric, "embeddings": True}
+    assert rewrites(module, ("quantize_weights", options | {"include": ["embed"]})) == 1
+    torch.testing.assert_close(logits(module), expected, rtol=1e-5, atol=1e-5)
+    assert "llmopt.embedding_q" in ops(module)
+    assert "embed.weight" not in module.weights
+
+
+def test_a_tied_table_is_quantized_once_or_twice() -> None:
+    once, twice = tied(), tied()
+    only: Options = {"include": ["embed"]}
+    run(once, ("quantize_weights", {**only, "embeddings": True, "lm_head": True}))
+    assert [n for n in once.weights if n.startswith("embed") and n.endswith("codes")] == ["embed.weight.codes"]
+    expected = by_hand(tied(), ["embed.weight"], bits=8)
+    torch.testing.assert_close(logits(once), logits(expected), rtol=1e-5, atol=1e-5)
+    run(
+        twice,
+        ("quantize_weights", {**only, "embeddings": True, "bits": 8}),
+        ("quantize_weights", {**only, "lm_head": True, "bits": 4, "group_size": 32}),
+    )
+    assert {"embed.weight.codes", "embed.weight+.codes"} <= set(twice.weights)
+    assert (
+        int(twice.weights["embed.weight+.codes"].tensor().max())
+        < 16
+        <= int(twice.weights["embed.weight.codes"].tensor().max())
+    )
+
+
+def test_embeddings_are_refused_where_the_target_has_none() -> None:
+    for name in ("reference", "onnxruntime"):
+        assert load_target(name).info.quant_embeddings
+    ctx = PassContext(load_target("cuda").info, torch.float32)
+    with pytest.raises(PassError, match="target cuda has no quantized embeddings"):
+        PassManager().run(two_layers(), [build_pass("quantize_weights", {"embeddings": True})], ctx)
+
+
+def test_the_proof_covers_embeddings() -> None:
+    module = two_layers()
+    run(module, ("quantize_weights", {"bits": 4, "group_size": 32, "embeddings": True}))
+    tokens = torch.randint(17, (2, 25), generator=torch.Generator().manual_seed(0))
+    result = prove(two_layers(), module, tokens, lambda *_: None)
+    assert [layer["name"] for layer in result["layers"]] == ["embed.weight", "model.a.weight", "b.weight"]
+    assert all(1e-4 < layer["output_error"] < 0.1 for layer in result["layers"])
+    torch.testing.assert_close(logits(restored(module, keep=())), logits(two_layers()))

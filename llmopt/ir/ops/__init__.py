@@ -1,5 +1,5 @@
 """The llmopt op dialect: schema, fake and reference of each op, one family a file. Importing registers all."""
 
-from llmopt.ir.ops import activation, attention, kv, linear, moe, norm, rope, rounding
+from llmopt.ir.ops import activation, attention, embedding, kv, linear, moe, norm, rope, rounding
 
-__all__ = ["activation", "attention", "kv", "linear", "moe", "norm", "rope", "rounding"]
+__all__ = ["activation", "attention", "embedding", "kv", "linear", "moe", "norm", "rope", "rounding"]

@@ -168,3 +168,23 @@ def test_refuses_what_has_no_kernel(options: dict[str, Any], match: str) -> None
         weights["scales"] = weights["scales"][::2]
     with pytest.raises(TargetError, match=match):
         run("linear_q", {"x": torch.randn(1, 2, 48)}, weights, 0, **given)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "columns"), [(4, 32, 96), (8, 128, 128), (3, 32, 64), (6, 64, 128), (8, 96, 96)]
+)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_embedding_q(bits: int, group: int, columns: int, zeros: bool) -> None:
+    weights = matrix((48, columns), bits, group, zeros)
+    x = {"indices": torch.tensor([[3, 0, 47, 3, 11]])}
+    options = {"format": "int", "bits": bits, "block_n": 1, "block_k": group, "dtype": torch.float32}
+    assert run("embedding_q", x, weights, 0, **options) == 0.0
+
+
+@pytest.mark.parametrize(("change", "words"), [({"block_n": 2}, "2 rows a block"), ({"block_k": 24}, "groups of 24")])
+def test_embeddings_that_the_operator_lacks(change: dict[str, int], words: str) -> None:
+    options = {"format": "int", "bits": 4, "block_n": 1, "block_k": 32, "dtype": torch.float32} | change
+    weights = matrix((48, 96), 4, options["block_k"], False)
+    weights["scales"] = weights["scales"][:: options["block_n"]]
+    with pytest.raises(TargetError, match=words):
+        run("embedding_q", {"indices": torch.tensor([[3, 0]])}, weights, 0, **options)
