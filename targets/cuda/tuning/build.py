@@ -140,7 +140,7 @@ def tokens(site: CallSite, context: int) -> int:
 
 
 def integers(site: CallSite, context: int) -> dict[str, tuple[int, ...]]:
-    """Tables and lengths of an attention call whose sequences are equally long."""
+    """Tables, lengths and scales, all 1, of an attention call whose sequences are equally long."""
     sequences, width = site.values["block_table"].shape
     blocks, _, size, _ = site.values["k_state"].shape
     rows, each, length = site.values["q"].shape[2], blocks // sequences, tokens(site, context)
@@ -150,6 +150,7 @@ def integers(site: CallSite, context: int) -> dict[str, tuple[int, ...]]:
         "cu_seqlens": tuple(bounds),
         "seq_lens": tuple(length if site.function == "decode" else b - a for a, b in pairwise(bounds)),
     }
+    data |= {n: (1,) * v.shape[0] for n in ("k_scale", "v_scale") if (v := site.values.get(n)) is not None}
     if "slot_mapping" in site.values:
         last = length - 1
         data["slot_mapping"] = tuple((i * each + last // size) * size + last % size for i in range(rows))
