@@ -29,7 +29,8 @@ class TargetInfo:
     ``quant_bits``: weight bit widths of ``llmopt.linear_q`` it supports; ``quant_experts``: of
     ``llmopt.moe_experts_q`` as well; ``quant_embeddings``: of ``llmopt.embedding_q`` as well. ``quant_formats``:
     formats of its codes. ``activation_formats``: formats of ``llmopt.round_activations``. ``kv_formats``: formats of
-    quantized KV states, int8 and fp8_e4m3. ``linear_us``: microseconds measured of a linear of one row, see LinearTimes.
+    quantized KV states, int8 and fp8_e4m3. ``linear_us``: microseconds measured of a linear of one row, see
+    LinearTimes.
     """
 
     name: str
