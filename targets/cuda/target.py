@@ -10,8 +10,9 @@ from llmopt.target import BuildContext, TargetFiles, TargetInfo, WeightReader
 
 from .build import build
 from .cache import CubinCache
+from .eight_bits import FORMATS as ACTIVATION_FORMATS
 from .options import clamp, parse_options
-from .pack import BITS
+from .pack import BITS, FORMATS
 
 RUNNABLE = ("paged", "ring")
 
@@ -26,6 +27,8 @@ class CudaTarget:
         layouts=RUNNABLE,
         dtypes=("bfloat16", "float16"),
         quant_bits=BITS,
+        quant_formats=FORMATS,
+        activation_formats=tuple(ACTIVATION_FORMATS),
     )
 
     def build(self, program: Program, weights: Mapping[str, WeightReader], ctx: BuildContext) -> TargetFiles:

@@ -18,8 +18,9 @@ from ..views import reshaped
 POINTERS = {
     "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "float64": "*fp64", "int32": "*i32",
     "int64": "*i64", "int16": "*i16", "bool": "*i1", "int8": "*i8", "uint8": "*u8",
+    "float8_e4m3fn": "*fp8e4nv",
 }  # fmt: skip
-ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8", "float8_e4m3fn": "fp8e4nv"}
 FLOATS = ("bfloat16", "float16", "float32")
 SM_COUNT = {80: 108, 89: 142, 90: 132, 100: 148}
 BANDWIDTH = {80: 1.9e6, 89: 0.86e6, 90: 4.39e6, 100: 7.0e6}

@@ -33,7 +33,7 @@ GUARD = 4096
 
 TYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32, "*fp64": torch.float64,
          "*i64": torch.int64, "*i32": torch.int32, "*i16": torch.int16, "*i8": torch.int8, "*u8": torch.uint8,
-         "*i1": torch.bool}  # fmt: skip
+         "*i1": torch.bool, "*fp8e4nv": torch.float8_e4m3fn}  # fmt: skip
 
 
 class Bytes:
