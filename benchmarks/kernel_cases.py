@@ -6,9 +6,25 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmopt.program import OpCall
-from targets.cuda.fusion import ABSENT, LINEAR
+from targets.cuda.eight_bits import CODES, LINEAR_8, NORM_ROUNDED, NOTHING_JOINED, ROUNDED
+from targets.cuda.fusion import ABSENT, LINEAR, LINEAR_Q
 from targets.cuda.kernel import CallSite, Strided
-from targets.cuda.kernels import attention, embedding, gate, gemm, gemm_persistent, gemv, moe, norm, rotary
+from targets.cuda.kernels import (
+    attention,
+    embedding,
+    gate,
+    gemm,
+    gemm_persistent,
+    gemm_q,
+    gemm_w8a8,
+    gemm_w8a8_persistent,
+    gemv,
+    gemv_w8a8,
+    moe,
+    norm,
+    rotary,
+    rounding,
+)
 from targets.cuda.tuning.build import Case, site_cases
 
 MODELS = {
@@ -24,6 +40,8 @@ MODELS = {
                    "head": (32768, 4096)},
 }  # fmt: skip
 LINEARS = (gemv.KERNEL, gemm.KERNEL, gemm_persistent.KERNEL)
+OVER_CODES = (gemv_w8a8.KERNEL, gemm_w8a8.KERNEL, gemm_w8a8_persistent.KERNEL)
+QUANTIZED_ROWS = (1, 8, 32, 64, 128, 256, 2048)
 FULL = {"llama-3.1-8b": (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 8192)}
 ROWS = (1, 8, 32, 128, 256, 2048)
 
@@ -65,6 +83,47 @@ def linear(model: str, what: str, m: int, n: int, k: int) -> Iterator[Case]:
     }  # fmt: skip
     call = site(LINEAR if gated or added else "aten.linear.default", values, (out,), {"T": m})
     for kernel in LINEARS:
+        yield from site_cases(kernel, call, model, what)
+
+
+def quantized() -> Iterator[Case]:
+    """The linears of the 8B shape over int4, int8 and FP8 weights, and over codes of both sides, at rows whose bfloat16
+    times ``linears`` gives: what the crossover in a manifest compares."""
+    model = "llama-3.1-8b"
+    for what, (n, k) in MODELS[model].items():
+        for m in QUANTIZED_ROWS if what != "head" else ():
+            for bits, format, group in ((4, "int", 128), (8, "int", k), (8, "fp8_e4m3", k)):
+                yield from weight_only(model, f"{what} w{bits}a16", m, n, k, (bits, format, group))
+            for format, block in (("int8", 0), ("fp8_e4m3", 0), ("fp8_e4m3", 128)):
+                yield from over_codes(model, f"{what} w8a8", m, n, k, format, block)
+
+
+def weight_only(model: str, what: str, m: int, n: int, k: int, scheme: tuple[int, str, int]) -> Iterator[Case]:
+    """One linear over packed weights; ``scheme``: bits, format, columns of a scale."""
+    bits, format, group = scheme
+    gated = what.startswith("gate_up")
+    values = {
+        "x": dense("x", "bfloat16", 1, m, k), "codes": dense("codes", "uint8", n, k * bits // 8),
+        "scales": dense("scales", "bfloat16", k // group, n), "zeros": None, "bias": None, "g_idx": None,
+        "format": format, "bits": bits, "block_n": 1, "block_k": group, **ABSENT, "gate": "silu" if gated else None,
+    }  # fmt: skip
+    call = site(LINEAR_Q, values, (dense("out", "bfloat16", 1, m, n // 2 if gated else n),), {"T": m})
+    yield from site_cases(gemm_q.KERNEL, call, model, what)
+
+
+def over_codes(model: str, what: str, m: int, n: int, k: int, format: str, block: int) -> Iterator[Case]:
+    """One linear over codes by every kernel; ``block``: rows and columns of a scale, 0: a scale a channel."""
+    gated, kind = what.startswith("gate_up"), CODES[format]
+    values = {
+        "x": dense("x", "bfloat16" if m == 1 else kind, 1, m, k),
+        "x_scale": None if m == 1 else dense("x_scale", "float32", 1, m), "input_scale": None, "round": format,
+        "codes": dense("codes", kind, n, k),
+        "scales": dense("scales", "bfloat16", k // (block or k), n // (block or 1)), "bias": None,
+        "format": "int" if format == "int8" else format, "bits": 8, "block_n": block or 1, "block_k": block or k,
+        **NOTHING_JOINED, "gate": "silu" if gated else None,
+    }  # fmt: skip
+    call = site(LINEAR_8, values, (dense("out", "bfloat16", 1, m, n // 2 if gated else n),), {"T": m})
+    for kernel in OVER_CODES:
         yield from site_cases(kernel, call, model, what)
 
 
@@ -122,6 +181,14 @@ def small() -> Iterator[Case]:
         values: dict[str, Any] = {"x": x, "residual": r, "weight": dense("weight", "bfloat16", c), "eps": 1e-5,
                                   "offset": 0.0, "mul_in_fp32": False}  # fmt: skip
         yield plain("add_rms_norm", rows, norm.KERNEL, site("llmopt.add_rms_norm", values, outs, {"T": rows}))
+        coded = (dense("codes", CODES["fp8_e4m3"], 1, rows, c), outs[1], dense("scales", "float32", 1, rows))
+        values |= {"op": "llmopt.add_rms_norm", "input_scale": None, "round": "fp8_e4m3"}
+        yield plain("add_rms_norm to codes", rows, norm.KERNEL, site(NORM_ROUNDED, values, coded, {"T": rows}))
+        for what, width in (("attention", heads * d), ("gate", inner)):
+            values = {"x": dense("x", "bfloat16", 1, rows, width), "scale": None, "format": "fp8_e4m3", "gate": None}
+            coded = (dense("codes", CODES["fp8_e4m3"], 1, rows, width), dense("scales", "float32", 1, rows))
+            call = site(ROUNDED, values, coded, {"T": rows})
+            yield plain(f"codes after {what}", rows, rounding.KERNEL, call)
         values = {"x": dense("x", "bfloat16", 1, rows, 2 * inner), "kind": "silu"}
         call = site("llmopt.gated_activation", values, (dense("out", "bfloat16", 1, rows, inner),), {"T": rows})
         yield plain("gated_activation", rows, gate.KERNEL, call)
@@ -153,4 +220,5 @@ def plain(what: str, rows: int, kernel: Any, call: CallSite, data: dict[str, tup
 
 def cases() -> list[Case]:
     """Everything that is timed."""
-    return [*small(), *attentions(), *mixtures(), *(case for model in MODELS for case in linears(model))]
+    plain = (case for model in MODELS for case in linears(model))
+    return [*small(), *attentions(), *mixtures(), *plain, *quantized()]

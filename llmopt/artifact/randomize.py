@@ -42,6 +42,8 @@ def _fill(name: str, dtype: str, width: int, bits: Mapping[str, int]) -> Fill | 
     match numpy_dtype(dtype).name:
         case "uint8":
             return ("integers", 0, 2**width)
+        case "int8" if name.endswith(".codes"):
+            return ("integers", -128, 128)
         case "float32" | "float16" | "bfloat16" | "float64":
             return ("normal", 0.0, SPREAD)
         case "float8_e4m3fn":

@@ -43,6 +43,22 @@ def accuracy_line(found: dict[str, Any]) -> str:
     return f"{change} {base['top1_agreement']:.1%} on {found['scored_tokens']} held-out tokens"
 
 
+def crossover_rows(manifest: Manifest) -> list[Row]:
+    """One row a shape of the quantized linears and architecture: from how many rows on bfloat16 is no slower."""
+    return [
+        (arch, entry["weights"], f"{entry['n']}x{entry['k']}{' gated' if entry['gated'] else ''}", crossover(entry))
+        for arch, entries in manifest.notes.get("crossover", {}).items()
+        for entry in entries
+    ]
+
+
+def crossover(entry: dict[str, Any]) -> str:
+    """The row count, or why there is none."""
+    if not entry["us"]:
+        return "not measured"
+    return f"{entry['rows']} rows" if entry["rows"] else f"none up to {max(map(int, entry['us']))} rows"
+
+
 def state_rows(manifest: Manifest) -> list[Row]:
     """One row a state group."""
     return [

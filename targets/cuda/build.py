@@ -21,6 +21,7 @@ from .plan import BucketPlan, dense, place, plan_bucket, view
 from .proven import proven
 from .select import Selector, discover
 from .tuning import Table
+from .tuning.crossover import crossovers
 from .tuning.table import load_table
 
 PLACES = 2
@@ -67,6 +68,7 @@ def build(
         "tuning": {f"sm_{arch}": tables[arch].note(f"triton {version}") for arch in options.archs},
         "kernels": {},
         "choices": {},
+        "crossover": {},
     }
     for plan in plans:
         found = {spec: compiled[jobs[plan.arch, spec]] for spec in plan.specializations()}
@@ -79,6 +81,8 @@ def build(
             for name, k in launch_plan.kernels.items()
         }
         notes["choices"][f"sm_{plan.arch}"] = choices(plan)
+        calls = (call for bucket in plan.buckets for call, _ in bucket.choices)
+        notes["crossover"][f"sm_{plan.arch}"] = crossovers(calls, original, tables[plan.arch].table)
     log = {"kernels": len(jobs), "compiled": len(cubins.log), "misses": cubins.log}
     return TargetFiles(files, weights, notes, log)
 

@@ -5,24 +5,35 @@ Which calls pay to join depends on the bucket's rows, which no pass can see, so 
 - ``cuda.linear`` (``cuda.linear_q`` over quantized weights): a linear with what follows it (a gated activation, or the
   residual addition) and, for one row, with the RMSNorm before it: ``gate(norm(input) · weightᵀ + bias) + residual``,
   each part absent or not.
+- ``cuda.linear_8``, ``cuda.round`` and ``cuda.norm_round``: linears that multiply codes of activations by codes of
+  weights, and what makes those codes; see eight_bits.py.
 - ``cuda.attention``: RMSNorm of the query's and the key's heads, their rotation, the write of key and value, and
   attention over the states and the row's own key and value.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
-from llmopt.program import Function, OpCall, Ref
+from llmopt.program import Arg, Function, OpCall, Ref
+
+from .eight_bits import (
+    LINEAR_8,
+    QUANTIZED,
+    codes_into_linears,
+    gate_into_rounding,
+    norm_into_rounding,
+    runs_codes,
+)
+from .graph import Graph
 
 LINEAR, LINEAR_Q, ATTENTION = "cuda.linear", "cuda.linear_q", "cuda.attention"
-PLAIN_LINEAR, QUANTIZED, NORM = "aten.linear.default", "llmopt.linear_q", "llmopt.rms_norm"
-JOINED = {PLAIN_LINEAR: LINEAR, QUANTIZED: LINEAR_Q, LINEAR: LINEAR, LINEAR_Q: LINEAR_Q}
+PLAIN_LINEAR, NORM = "aten.linear.default", "llmopt.rms_norm"
+JOINED = {PLAIN_LINEAR: LINEAR, QUANTIZED: LINEAR_Q, LINEAR: LINEAR, LINEAR_Q: LINEAR_Q, LINEAR_8: LINEAR_8}
 """What a linear becomes when anything joins it."""
-INPUTS = {PLAIN_LINEAR: "input", LINEAR: "input", QUANTIZED: "x", LINEAR_Q: "x"}
+INPUTS = {PLAIN_LINEAR: "input", LINEAR: "input", QUANTIZED: "x", LINEAR_Q: "x", LINEAR_8: "x"}
 """Name of a linear's input."""
 
 FEW_ROWS = 16
@@ -36,53 +47,26 @@ ABSENT = {"norm": None, "eps": 0.0, "offset": 0.0, "gate": None, "residual": Non
 HEAD_NORM = {"q_norm": None, "k_norm": None, "eps": 0.0, "offset": 0.0, "mul_in_fp32": False}
 
 
-@dataclass
-class Graph:
-    """A function's calls under one rule: who makes a value, who reads it, and what takes each call's place."""
-
-    function: Function
-
-    def __post_init__(self) -> None:
-        self.calls = self.function.calls
-        self.places: list[tuple[OpCall, ...]] = [(call,) for call in self.calls]
-        self.maker = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
-        self.uses = Counter(name for call in self.calls for name in call.refs())
-        self.uses.update((*self.function.outputs, *self.function.state_outputs.values()))
-        self.readers: dict[str, list[int]] = {}
-        for i, call in enumerate(self.calls):
-            for name in call.refs():
-                self.readers.setdefault(name, []).append(i)
-
-    def only_from(self, arg: Any, *ops: str) -> int | None:
-        """Index of the call, one of ``ops``, whose result nothing but this argument reads."""
-        at = self.maker.get(arg.name) if isinstance(arg, Ref) else None
-        wanted = at is not None and self.calls[at].op in ops and self.uses[arg.name] == 1
-        return at if wanted else None
-
-    def two_bytes(self, name: str) -> bool:
-        """Whether a value's type is what the tensor cores multiply without loss."""
-        return self.function.types[name].dtype in ("bfloat16", "float16")
-
-    def finish(self) -> Function:
-        """The function with every replacement in place."""
-        return replace(self.function, calls=tuple(call for place in self.places for call in place))
-
-
 Rule = Callable[[Graph, int, OpCall], None]
 
 
-def fused(function: Function, dims: Mapping[str, int], ops: Collection[str]) -> Function:
-    """The function as a bucket of these extents runs it, given what ops the kernels serve; of what is not decode of one
-    row a sequence only gated activations and, of many rows, residual additions are joined."""
+def fused(function: Function, dims: Mapping[str, int], ops: Collection[str], arch: int = 90) -> Function:
+    """The function as a bucket of these extents runs it, given what ops the kernels serve and what the GPU has; of what
+    is not decode of one row a sequence only gated activations, roundings and, of many rows, residual additions are
+    joined."""
     decode = function.name == "decode" and dims["T"] == dims["N"]
     rules: list[Rule] = []
     if decode and ATTENTION in ops:
         rules.append(heads_into_attention)
+    if LINEAR_8 in ops:
+        rules.append(partial(codes_into_linears, runs=runs_codes(arch), one_row=decode and dims["T"] == 1))
     if LINEAR in ops:
         rules.append(activation_into_linear)
         pays = dims["T"] >= MANY_ROWS or (decode and dims["T"] <= FEW_ROWS)
         rules += [addition_into_linear] if pays else []
         rules += [norm_into_linears] if decode and dims["T"] == 1 else []
+    if LINEAR_8 in ops:
+        rules += [norm_into_rounding, gate_into_rounding]
     for rule in rules:
         graph = Graph(function)
         for at, call in enumerate(graph.calls):
@@ -95,9 +79,9 @@ def activation_into_linear(graph: Graph, at: int, call: OpCall) -> None:
     """A linear and the gated activation of its result."""
     if call.op != "llmopt.gated_activation" or not graph.two_bytes(call.outputs[0]):
         return
-    source = graph.only_from(call.args["x"], PLAIN_LINEAR, QUANTIZED)
+    source = open_linear(graph, call.args["x"])
     if source is not None:
-        args = {**graph.calls[source].args, **ABSENT, "gate": call.args["kind"]}
+        args = {**ABSENT, **graph.calls[source].args, "gate": call.args["kind"]}
         graph.places[source] = ()
         graph.places[at] = (replace(graph.calls[source], op=joined(graph, source), args=args, outputs=call.outputs),)
 
@@ -106,16 +90,23 @@ def addition_into_linear(graph: Graph, at: int, call: OpCall) -> None:
     """A linear and the residual addition; the sum's RMSNorm is left."""
     if call.op != "llmopt.add_rms_norm" or not graph.two_bytes(call.outputs[1]):
         return
-    source = graph.only_from(call.args["x"], PLAIN_LINEAR, QUANTIZED)
+    source = open_linear(graph, call.args["x"])
     if source is not None:
         normed, total = call.outputs
-        args = {**graph.calls[source].args, **ABSENT, "residual": call.args["residual"]}
+        args = {**ABSENT, **graph.calls[source].args, "residual": call.args["residual"]}
         rest = {name: arg for name, arg in call.args.items() if name not in ("x", "residual")}
         graph.places[source] = ()
         graph.places[at] = (
             replace(graph.calls[source], op=joined(graph, source), args=args, outputs=(total,)),
             OpCall(NORM, {"x": Ref(total), **rest}, (normed,), call.scope),
         )
+
+
+def open_linear(graph: Graph, arg: Arg) -> int | None:
+    """Index of the linear, nothing joined to its result yet, whose result only this argument reads."""
+    at = graph.only_from(arg, PLAIN_LINEAR, QUANTIZED, LINEAR_8)
+    taken = at is not None and any(graph.calls[at].args.get(name) is not None for name in ("gate", "residual"))
+    return None if taken else at
 
 
 def joined(graph: Graph, at: int) -> str:
@@ -132,16 +123,18 @@ def norm_into_linears(graph: Graph, at: int, call: OpCall) -> None:
     readers = graph.readers.get(normed, [])
     quantized = (QUANTIZED, LINEAR_Q) if graph.function.types[normed].dtype == "bfloat16" else ()
     joins = all(
-        graph.calls[i].op in (PLAIN_LINEAR, LINEAR, *quantized)
+        graph.calls[i].op in (PLAIN_LINEAR, LINEAR, LINEAR_8, *quantized)
         and graph.calls[i].args[INPUTS[graph.calls[i].op]] == Ref(normed)
         and graph.calls[i].args.get("norm") is None
         for i in readers
     )
     if readers and joins and graph.uses[normed] == len(readers):
         norm = {"norm": call.args["weight"], "eps": call.args["eps"], "offset": call.args["offset"]}
+        exact = {"mul_in_fp32": call.args["mul_in_fp32"]}
         for i in readers:
             reader = graph.calls[i]
             args = {**ABSENT, **reader.args, INPUTS[reader.op]: call.args["x"], **norm}
+            args |= exact if reader.op == LINEAR_8 else {}
             graph.places[i] = (replace(reader, op=JOINED[reader.op], args=args),)
         graph.places[at] = ()
 

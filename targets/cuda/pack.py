@@ -2,14 +2,15 @@
 
 Columns go in chunks, a chunk in parts of consecutive columns. Element i of a chunk holds column i of each part, the
 first part in its low bits, so that the same bits of a load's elements are a run of columns, that meets x as it lies.
-int4, (N, K / 2) bytes: halfwords of four parts, of chunks of 32 bytes of two. int8, (N, K) bytes, the code less 128:
-halfwords of two parts, single bytes where no chunk divides K. Halfwords are little-endian. Scales and zeros are
-transposed, (K / group, N), so that a tile of outputs reads its scales of a group in one piece.
+int4, (N, K / 2) bytes: halfwords of four parts, of chunks of 32 bytes of two. int8, (N, K) bytes, the code less 128,
+and FP8: halfwords of two parts, single bytes where no chunk divides K. Halfwords are little-endian. Codes that meet
+codes of activations (see eight_bits.py) stay (N, K): int8, the code less 128, or float8_e4m3fn. Scales and zeros are
+transposed, (K / block_k, N / block_n), so that a tile of outputs reads its scales of a group in one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +21,11 @@ from llmopt.errors import TargetError
 from llmopt.program import OpCall, Program, Ref, TensorType
 from llmopt.target import WeightReader
 
-from .fusion import QUANTIZED
+from .eight_bits import QUANTIZED, code_calls
 
 Array = npt.NDArray[Any]
 BITS = (4, 8)
+FORMATS = ("int", "fp8_e4m3")
 CHUNKS = (128, 64, 32)
 
 
@@ -44,11 +46,12 @@ def parts_of(bits: int, chunk: int, k: int) -> int:
     return 2 if k % chunk == 0 else 1
 
 
-def pack_codes(codes: Array, bits: int, chunk: int) -> Array:
-    """Codes (n, K) uint8 of some rows as stored: (n, K / 2) or (n, K) uint8."""
+def pack_codes(codes: Array, bits: int, chunk: int, format: str = "int") -> Array:
+    """Codes (n, K) uint8 (or FP8) of some rows as stored: (n, K / 2) or (n, K) uint8."""
     n, k = codes.shape
     parts = parts_of(bits, chunk, k)
-    if bits == 8:
+    codes = codes.view(np.uint8)
+    if bits == 8 and format == "int":
         codes = codes ^ np.uint8(128)
     if parts == 1:
         return codes
@@ -60,15 +63,16 @@ def pack_codes(codes: Array, bits: int, chunk: int) -> Array:
     return joined.reshape(n, k // parts).view(np.uint8)
 
 
-def unpack_codes(packed: Array, bits: int, chunk: int) -> Array:
-    """Inverse of pack_codes."""
+def unpack_codes(packed: Array, bits: int, chunk: int, format: str = "int") -> Array:
+    """Inverse of pack_codes, as uint8."""
     n, k = len(packed), packed.shape[1] * 8 // bits
+    flip = np.uint8(128 if bits == 8 and format == "int" else 0)
     if (parts := parts_of(bits, chunk, k)) == 1:
-        return packed ^ np.uint8(128)
+        return packed ^ flip
     elements = np.ascontiguousarray(packed).view(f"<u{bits * parts // 8}").reshape(n, -1, 1, chunk // parts)
     pieces = [elements >> elements.dtype.type(bits * part) & (1 << bits) - 1 for part in range(parts)]
     codes: Array = np.concatenate(pieces, axis=2).reshape(n, k).astype(np.uint8)
-    return codes ^ np.uint8(128) if bits == 8 else codes
+    return codes ^ flip
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class CodesLayout:
 
     bits: int
     chunk: int
+    format: str = "int"
 
     def type(self, plain: TensorType) -> TensorType:
         """(N, K · bits / 8) uint8."""
@@ -86,7 +91,25 @@ class CodesLayout:
     def chunks(self, source: WeightReader, max_bytes: int) -> Iterator[Array]:
         """Rows in order, packed while they are read."""
         for rows in source.chunks(max_bytes):
-            yield np.ascontiguousarray(pack_codes(rows, self.bits, self.chunk))
+            yield np.ascontiguousarray(pack_codes(rows, self.bits, self.chunk, self.format))
+
+
+@dataclass(frozen=True)
+class SignedLayout:
+    """Integers of 8 bits as the tensor cores take them: the code less 128."""
+
+    def type(self, plain: TensorType) -> TensorType:
+        """(N, K) int8."""
+        return TensorType(plain.shape, "int8")
+
+    def chunks(self, source: WeightReader, max_bytes: int) -> Iterator[Array]:
+        """Rows in order."""
+        for rows in source.chunks(max_bytes):
+            yield (rows ^ np.uint8(128)).view(np.int8)
+
+    def unpack(self, packed: Array) -> Array:
+        """The codes again."""
+        return packed.view(np.uint8) ^ np.uint8(128)
 
 
 @dataclass(frozen=True)
@@ -94,7 +117,7 @@ class TableLayout:
     """Scales or zeros with their groups first."""
 
     def type(self, plain: TensorType) -> TensorType:
-        """(K / group, N)."""
+        """(K / block_k, N / block_n)."""
         return TensorType(plain.shape[::-1], plain.dtype)
 
     def chunks(self, source: WeightReader, max_bytes: int) -> Iterator[Array]:
@@ -105,7 +128,7 @@ class TableLayout:
             yield table[start : start + rows]
 
 
-Layout = CodesLayout | TableLayout
+Layout = CodesLayout | SignedLayout | TableLayout
 
 
 @dataclass(frozen=True)
@@ -131,10 +154,11 @@ def layouts(program: Program) -> dict[str, Layout]:
     Raises TargetError for a quantized weight that no kernel reads.
     """
     found: dict[str, Layout] = {}
+    plain = {name for function in program.functions.values() for name in code_calls(function).values()}
     for function in program.functions.values():
         for call in function.calls:
             if call.op == QUANTIZED:
-                found |= call_layouts(call, program)
+                found |= call_layouts(call, program, plain)
     return found
 
 
@@ -151,17 +175,17 @@ def packed(program: Program, weights: Mapping[str, WeightReader]) -> dict[str, W
     return plain | {name: Packed(weights[name], layout) for name, layout in layouts(program).items()}
 
 
-def call_layouts(call: OpCall, program: Program) -> dict[str, Layout]:
-    """How the weights of a quantized linear are packed."""
+def call_layouts(call: OpCall, program: Program, plain: Collection[str]) -> dict[str, Layout]:
+    """How the weights of a quantized linear are packed; ``plain``: codes that meet codes of activations."""
     args = call.args
-    codes, bits, group = args["codes"], args["bits"], args["block_k"]
+    codes, bits, group, format = args["codes"], args["bits"], args["block_k"], args["format"]
 
     def refuse(what: str, hint: str) -> TargetError:
         return TargetError(f"cuda cannot run {what}", where=call.scope or call.outputs[0], hint=hint)
 
-    if args["format"] != "int" or bits not in BITS or args["block_n"] != 1:
-        what = f"{args['format']} weights of {bits} bits in blocks of {args['block_n']} rows"
-        raise refuse(what, "it has int weights of 4 and 8 bits, a scale for each row and group of columns")
+    if format not in FORMATS or bits not in BITS or (args["block_n"] != 1 and format == "int"):
+        what = f"{format} weights of {bits} bits in blocks of {args['block_n']} rows"
+        raise refuse(what, "it has int weights of 4 and 8 bits, a scale for each row and group of columns, and FP8")
     if args["g_idx"] is not None:
         raise refuse("columns in another order than their groups (g_idx)", "gptq: {static_groups: true}")
     assert isinstance(codes, Ref)
@@ -172,4 +196,9 @@ def call_layouts(call: OpCall, program: Program) -> dict[str, Layout]:
     except ValueError as error:
         raise refuse(str(error), "use a group_size of 32, 64 or 128, or 8 bits") from error
     tables = [arg.name for arg in (args["scales"], args["zeros"]) if isinstance(arg, Ref)]
-    return {codes.name: CodesLayout(bits, chunk), **{name: TableLayout() for name in tables}}
+    found: dict[str, Layout] = {name: TableLayout() for name in tables}
+    if codes.name not in plain:
+        found[codes.name] = CodesLayout(bits, chunk, str(format))
+    elif format == "int":
+        found[codes.name] = SignedLayout()
+    return found

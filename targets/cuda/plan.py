@@ -77,7 +77,7 @@ def plan_bucket(
     tuning: Mapping[str, Mapping[str, Any]],
 ) -> BucketPlan:
     """Join calls, and choose kernels for every one that moves data. Raises TargetError for a call nothing serves."""
-    function = fused(function, dims, select.ops)
+    function = fused(function, dims, select.ops, arch)
     values = {name: dense(name, w.type.dtype, eval_shape(w.type.shape, {})) for name, w in program.weights.items()}
     for name in (*function.inputs, *KEPT):
         kind = function.types[name]

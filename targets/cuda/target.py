@@ -10,8 +10,9 @@ from llmopt.target import BuildContext, TargetFiles, TargetInfo, WeightReader
 
 from .build import build
 from .cache import CubinCache
+from .eight_bits import FORMATS as ACTIVATION_FORMATS
 from .options import clamp, parse_options
-from .pack import BITS
+from .pack import BITS, FORMATS
 from .tuning.measured import linear_us
 
 RUNNABLE = ("paged", "ring")
@@ -27,6 +28,8 @@ class CudaTarget:
         layouts=RUNNABLE,
         dtypes=("bfloat16", "float16"),
         quant_bits=BITS,
+        quant_formats=FORMATS,
+        activation_formats=tuple(ACTIVATION_FORMATS),
         kv_formats=("int8", "fp8_e4m3"),
         linear_us=linear_us,
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmopt.errors import ConfigError
 from llmopt.program import Program
 
 Progress = Callable[[str, int, int], None]
@@ -18,7 +19,8 @@ def build_candidates(
 ) -> dict[str, Any]:
     """Write a bundle of candidates for a program's buckets; needs Triton, no GPU. Counts of what it holds.
 
-    Raises ConfigError for a bad option or pattern, ResourceError without Triton, TargetError for what does not compile.
+    Raises ConfigError for a bad option and when there is nothing to time, ResourceError without Triton, TargetError for
+    what does not compile.
     """
     from .options import clamp, parse_options
     from .pack import stored
@@ -27,6 +29,9 @@ def build_candidates(
     options = clamp(parse_options(target_options), program)
     arch = max(options.archs)
     cases = program_cases(stored(program), options, arch, model, only)
+    if not cases:
+        what = f"{only!r} matches no configuration of these shapes" if only else "no kernel has configurations to time"
+        raise ConfigError(what, where="llmopt tune", hint="--only is searched in lines like 'gemm bfloat16 8x64x64'")
     bundle = build_bundle(folder, cases, arch, progress, options.jobs)
     shapes = {(entry.kernel, entry.key) for entry in bundle.entries}
     return {

@@ -70,6 +70,45 @@ def signed_bytes_as(type_: str) -> Any:
     )
 
 
+FP8 = {
+    "bf16": (4, "0x07f007f0", "0x7b807b80", "fma.rn.bf16x2"),
+    "fp16": (7, "0x3f803f80", "0x5c005c00", "fma.rn.f16x2"),
+}
+"""How far left the seven low bits of an E4M3 code move in a halfword, where they then lie, and 2^120 or 2^8 twice: what
+turns the larger exponent range's bias into E4M3's; subnormal codes come out right."""
+
+
+def e4m3(out: str, left: str, right: str, type_: str) -> str:
+    """PTX from E4M3 codes to numbers in ``out``: ``left`` puts their seven low bits in place, ``right`` their signs."""
+    _, mask, factor, fma = FP8[type_]
+    return (
+        f"{left}\n{right}\nand.b32 u, u, {mask};\nlop3.b32 u, s, 0x80008000, u, 0xea;\n"
+        f"mov.b32 o, {factor};\nmov.b32 z, 0x80008000;\n{fma} {out}, u, o, z;"
+    )
+
+
+def e4m3_of_halfwords(part: int, type_: str) -> Any:
+    """PTX that turns two halfwords into their bytes number ``part``, as E4M3."""
+    shift = FP8[type_][0]
+    moves = (f"shl.b32 u, $1, {shift};", "shl.b32 s, $1, 8;") if part == 0 else (upper(shift, "$1"), "mov.b32 s, $1;")
+    return tl.constexpr(f"{{ .reg .b32 u, s, z, o;\n{e4m3('$0', *moves, type_)} }}")
+
+
+def upper(shift: int, source: str) -> str:
+    """PTX that moves codes in the upper bytes of halfwords."""
+    return f"shr.b32 u, {source}, {8 - shift};"
+
+
+def e4m3_as(type_: str) -> Any:
+    """PTX that turns four E4M3 bytes into numbers."""
+    moves = (upper(FP8[type_][0], "t"), "mov.b32 s, t;")
+    first, second = e4m3("$0", *moves, type_), e4m3("$1", *moves, type_)
+    return tl.constexpr(
+        f"{{ .reg .b32 t, u, s, z, o;\nmov.b32 z, 0;\nprmt.b32 t, $2, z, 0x1404;\n{first}\n"
+        f"mov.b32 z, 0;\nprmt.b32 t, $2, z, 0x3424;\n{second} }}"
+    )
+
+
 HALFWORDS_BF16 = tl.constexpr(tuple(nibbles_of_halfwords(part, "bf16") for part in range(4)))
 HALFWORDS_FP16 = tl.constexpr(tuple(nibbles_of_halfwords(part, "fp16") for part in range(4)))
 BYTES_BF16 = tl.constexpr(tuple(nibbles_of_bytes(part, "bf16") for part in range(2)))
@@ -77,6 +116,9 @@ BYTES_FP16 = tl.constexpr(tuple(nibbles_of_bytes(part, "fp16") for part in range
 PAIRS_BF16 = tl.constexpr(tuple(bytes_of_halfwords(part, "bf16") for part in range(2)))
 PAIRS_FP16 = tl.constexpr(tuple(bytes_of_halfwords(part, "fp16") for part in range(2)))
 SIGNED_BF16, SIGNED_FP16 = signed_bytes_as("bf16"), signed_bytes_as("fp16")
+FP8_PAIRS_BF16 = tl.constexpr(tuple(e4m3_of_halfwords(part, "bf16") for part in range(2)))
+FP8_PAIRS_FP16 = tl.constexpr(tuple(e4m3_of_halfwords(part, "fp16") for part in range(2)))
+FP8_BF16, FP8_FP16 = e4m3_as("bf16"), e4m3_as("fp16")
 
 
 @triton.jit
@@ -112,4 +154,22 @@ def signed_bytes(b, PART: tl.constexpr, DTYPE: tl.constexpr):
             found = tl.inline_asm_elementwise(SIGNED_BF16, "=r,=r,r", [b], tl.bfloat16, True, 4)
         else:
             found = tl.inline_asm_elementwise(SIGNED_FP16, "=r,=r,r", [b], tl.float16, True, 4)
+    return found
+
+
+@triton.jit
+def fp8_bytes(b, PART: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes number PART, counted from the low end, of int16 or uint8 ``b``, as E4M3."""
+    if INTERPRETED:
+        found = (b >> (8 * PART)).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32).to(DTYPE)
+    elif b.dtype == tl.int16:
+        if DTYPE == tl.bfloat16:
+            found = tl.inline_asm_elementwise(FP8_PAIRS_BF16[PART], "=r,r", [b], tl.bfloat16, True, 2)
+        else:
+            found = tl.inline_asm_elementwise(FP8_PAIRS_FP16[PART], "=r,r", [b], tl.float16, True, 2)
+    else:
+        if DTYPE == tl.bfloat16:
+            found = tl.inline_asm_elementwise(FP8_BF16, "=r,=r,r", [b], tl.bfloat16, True, 4)
+        else:
+            found = tl.inline_asm_elementwise(FP8_FP16, "=r,=r,r", [b], tl.float16, True, 4)
     return found

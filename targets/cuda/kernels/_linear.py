@@ -107,10 +107,9 @@ def flattened(x: Strided | None) -> Strided | None:
 
 def fit_stages(c: Mapping[str, Any], linear: Linear) -> dict[str, Any]:
     """A configuration of descriptors with as many load stages as fit beside the epilogue's parts of a tile."""
-    size = nbytes_of(linear.weight)
     columns = c["BN"] if linear.gate is None else c["BN"] // 2
-    epilogue = c["BM"] * columns // c["PARTS"] * size * (1 if linear.residual is None else 2)
-    stage = (c["BM"] + c["BN"]) * c["BK"] * size + 16
+    epilogue = c["BM"] * columns // c["PARTS"] * nbytes_of(linear.out) * (1 if linear.residual is None else 2)
+    stage = (c["BM"] + c["BN"]) * c["BK"] * nbytes_of(linear.weight) + 16
     return {**c, "stages": max(2, min(c["stages"], (SHARED - epilogue) // stage))}
 
 
@@ -194,3 +193,35 @@ def store_part(part, residual, out, m0, n0):
     if residual is not None:
         part = part.to(out.dtype).to(tl.float32) + residual.load([m0, n0]).to(tl.float32)
     out.store([m0, n0], part.to(out.dtype))
+
+
+@triton.jit
+def leave_part(
+    total, more, partial, counter, tile, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Leave the sums of this part of K in ``partial``; whether it is the last of its tile to come."""
+    spot = tl.arange(0, BM)[:, None] * BN + tl.arange(0, WIDTH)[None, :]
+    mine = partial + (tile * SPLIT + tl.program_id(2)).to(tl.int64) * (BM * BN)
+    tl.store(mine + spot, total)
+    if KIND is not None:
+        tl.store(mine + WIDTH + spot, more)
+    tl.debug_barrier()
+    return tl.atomic_add(counter + tile, 1, sem="acq_rel") == SPLIT - 1
+
+
+@triton.jit
+def take_parts(
+    partial, tile, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr
+):
+    """The sums of all parts of K of a tile, in order."""
+    tl.debug_barrier()
+    spot = tl.arange(0, BM)[:, None] * BN + tl.arange(0, WIDTH)[None, :]
+    total = tl.zeros((BM, WIDTH), tl.float32)
+    more = total
+    for part in range(SPLIT):
+        at = partial + (tile * SPLIT + part).to(tl.int64) * (BM * BN) + spot
+        total += tl.load(at, cache_modifier=".cg")
+        if KIND is not None:
+            more += tl.load(at + WIDTH, cache_modifier=".cg")
+    return total, more

@@ -22,7 +22,7 @@ from ._common import (
     pow2,
     prefetch,
 )
-from ._linear import read_linear
+from ._linear import leave_part, read_linear, take_parts
 
 FLOPS = {80: 0.2e9, 89: 0.12e9, 90: 0.55e9, 100: 1.2e9}
 """Operations a microsecond: what one tile a program reaches of the tensor cores."""
@@ -95,22 +95,8 @@ def gemm(
     more = tl.trans(up) if SWAP else up
     if SPLIT > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        spot = tl.arange(0, BM)[:, None] * BN + tl.arange(0, WIDTH)[None, :]
-        mine = partial + (tile * SPLIT + tl.program_id(2)).to(tl.int64) * (BM * BN)
-        tl.store(mine + spot, total)
-        if KIND is not None:
-            tl.store(mine + WIDTH + spot, more)
-        tl.debug_barrier()
-        came = tl.atomic_add(counter + tile, 1, sem="acq_rel")
-        if came == SPLIT - 1:
-            tl.debug_barrier()
-            total = tl.zeros((BM, WIDTH), tl.float32)
-            more = total
-            for part in range(SPLIT):
-                at = partial + (tile * SPLIT + part).to(tl.int64) * (BM * BN) + spot
-                total += tl.load(at, cache_modifier=".cg")
-                if KIND is not None:
-                    more += tl.load(at + WIDTH, cache_modifier=".cg")
+        if leave_part(total, more, partial, counter, tile, KIND, BM, BN, WIDTH, SPLIT):
+            total, more = take_parts(partial, tile, KIND, BM, BN, WIDTH, SPLIT)
             finish(total, more, bias, residual, out, m, n, M, COLUMNS, KIND)
             tl.store(counter + tile, 0)
     else:

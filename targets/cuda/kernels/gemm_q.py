@@ -1,4 +1,4 @@
-"""Linear layer over int4 or int8 weights: codes become integers in registers, scales meet the sums of each group."""
+"""Linear layer over int4, int8 or FP8 weights: codes become numbers in registers, scales meet each group's sums."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..fusion import ABSENT, LINEAR_Q, QUANTIZED
+from ..eight_bits import QUANTIZED
+from ..fusion import ABSENT, LINEAR_Q
 from ..kernel import CallSite, Scratch, Selection, Strided
 from ..pack import chunk_of, parts_of
 from ..tuning import find_linear, linear_form, quantized_form
 from ._common import ACTIVATIONS, SM_COUNT, cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, prefetch
-from ._dequantize import nibbles, signed_bytes
-from ._linear import flattened
+from ._dequantize import fp8_bytes, nibbles, signed_bytes
+from ._eight_bits import scheme
+from ._linear import flattened, leave_part, take_parts
 from .gemm import FLOPS, finish
 
 
@@ -22,19 +24,20 @@ from .gemm import FLOPS, finish
 def gemm_q(
     x, codes, scales, zeros, bias, norm, residual, out, partial, squares, counter, M,
     N: tl.constexpr, K: tl.constexpr, X_ROW: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = x (M, K) · weight (N, K)ᵀ + bias, fp32 sums; weight = (code - zero) · scale, GROUP columns a scale.
+    """out (M, N) = x (M, K) · weight (N, K)ᵀ + bias, fp32 sums; weight = (code - zero) · scale, a scale for SHARED rows
+    of GROUP columns.
 
-    codes: packed as targets/cuda/pack.py says; scales and zeros (K / GROUP, N), zeros None where symmetric. BK divides
-    GROUP (or covers all of K) and is, of int4, the chunk of the packing. Grid (N tiles, M tiles, SPLIT); with
-    SPLIT > 1 the last part to come adds all parts in order. Tiles are computed transposed: the weights are the tall
-    side of the tensor core's instruction, rows of x its narrow one. Codes stay integers (less 8 or 128) up to the
-    product, so nothing is rounded there; a zero point is a multiple of the sum of x. With a gate (KIND) the weight
-    holds N / 2 gates above N / 2 ups. ``norm`` (K,), of one row only: x is multiplied by norm + offset, the sum divided
-    by x's root mean square. The first AHEAD bytes of each of the tile's rows go to L2 before the wait for x. Floor: the
-    codes' N · K · BITS / 8 bytes.
+    codes: packed as targets/cuda/pack.py says, or int8 or FP8 as they are; scales and zeros (K / GROUP, N / SHARED),
+    zeros None where symmetric. BK divides GROUP (or covers all of K) and is, of int4, the chunk of the packing. Grid
+    (N tiles, M tiles, SPLIT); with SPLIT > 1 the last part to come adds all parts in order. Tiles are computed
+    transposed: the weights are the tall side of the tensor core's instruction, rows of x its narrow one. Codes stay
+    integers (less 8 or 128) or FP8 values up to the product, so nothing is rounded there; a zero point is a multiple of
+    the sum of x. With a gate (KIND) the weight holds N / 2 gates above N / 2 ups. ``norm`` (K,), of one row only: x is
+    multiplied by norm + offset, the sum divided by x's root mean square. The first AHEAD bytes of each of the tile's
+    rows go to L2 before the wait for x. Floor: the codes' N · K · BITS / 8 bytes.
     """
     WIDTH: tl.constexpr = BN if KIND is None else BN // 2
     COLUMNS: tl.constexpr = N if KIND is None else N // 2
@@ -73,7 +76,7 @@ def gemm_q(
                 u = tl.load(c_at + UPS + start // PARTS)
             else:
                 u = tl.load(c_at + UPS + start // PARTS, mask=live, other=0)
-        group = tl.minimum(start, K - 1) // GROUP * N
+        group = tl.minimum(start, K - 1) // GROUP * (N // SHARED)
         part = acc if GROUP == K else tl.zeros((WIDTH, BM), tl.float32)
         sums = tl.zeros((BM, WIDE), tl.float32)
         for i in tl.static_range(PARTS):
@@ -84,8 +87,8 @@ def gemm_q(
                 a = scaled(a, norm, k + h, K, offset)
             if zeros is not None:
                 sums += a.to(tl.float32)
-            part = tl.dot(numbers(b, i, BITS, a.dtype), tl.trans(a), part)
-        acc = add_group(acc, part, sums, scales, zeros, group + row, BITS, GROUP == K)
+            part = tl.dot(numbers(b, i, BITS, FP8, a.dtype), tl.trans(a), part)
+        acc = add_group(acc, part, sums, scales, zeros, group + row // SHARED, BITS, GROUP == K)
         if KIND is not None:
             part = up if GROUP == K else tl.zeros((WIDTH, BM), tl.float32)
             for i in tl.static_range(PARTS):
@@ -93,40 +96,25 @@ def gemm_q(
                 a = tl.load(x_at + k) if EVEN else tl.load(x_at + k, mask=k + h < K, other=0.0)
                 if norm is not None:
                     a = scaled(a, norm, k + h, K, offset)
-                part = tl.dot(numbers(u, i, BITS, a.dtype), tl.trans(a), part)
-            up = add_group(up, part, sums, scales, zeros, group + COLUMNS + row, BITS, GROUP == K)
+                part = tl.dot(numbers(u, i, BITS, FP8, a.dtype), tl.trans(a), part)
+            up = add_group(up, part, sums, scales, zeros, group + (COLUMNS + row) // SHARED, BITS, GROUP == K)
     if GROUP == K:
-        acc *= tl.load(scales + row).to(tl.float32)[:, None]
+        acc *= tl.load(scales + row // SHARED).to(tl.float32)[:, None]
         if KIND is not None:
-            up *= tl.load(scales + COLUMNS + row).to(tl.float32)[:, None]
+            up *= tl.load(scales + (COLUMNS + row) // SHARED).to(tl.float32)[:, None]
     square = tl.sum(tl.sum(squares_of, 1), 0) / BM  # the tile's rows repeat the only one
     total = tl.trans(acc)
     more = tl.trans(up)
     if SPLIT > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        spot = tl.arange(0, BM)[:, None] * BN + tl.arange(0, WIDTH)[None, :]
-        mine = tile * SPLIT + tl.program_id(2)
-        at = partial + mine.to(tl.int64) * (BM * BN) + spot
-        tl.store(at, total)
-        if KIND is not None:
-            tl.store(at + WIDTH, more)
         if norm is not None:
-            tl.store(squares + mine, square)
-        tl.debug_barrier()
-        came = tl.atomic_add(counter + tile, 1, sem="acq_rel")
-        if came == SPLIT - 1:
-            tl.debug_barrier()
-            total = tl.zeros((BM, WIDTH), tl.float32)
-            more = total
-            square = 0.0
-            for part in range(SPLIT):
-                at = partial + (tile * SPLIT + part).to(tl.int64) * (BM * BN) + spot
-                total += tl.load(at, cache_modifier=".cg")
-                if KIND is not None:
-                    more += tl.load(at + WIDTH, cache_modifier=".cg")
-                if norm is not None:
-                    square += tl.load(squares + tile * SPLIT + part, cache_modifier=".cg")
+            tl.store(squares + tile * SPLIT + tl.program_id(2), square)
+        if leave_part(total, more, partial, counter, tile, KIND, BM, BN, WIDTH, SPLIT):
+            total, more = take_parts(partial, tile, KIND, BM, BN, WIDTH, SPLIT)
             if norm is not None:
+                square = 0.0
+                for part in range(SPLIT):
+                    square += tl.load(squares + tile * SPLIT + part, cache_modifier=".cg")
                 root = tl.rsqrt(square / K + eps)
                 total *= root
                 more *= root
@@ -148,9 +136,15 @@ def scaled(a, norm, k, K: tl.constexpr, offset: tl.constexpr):
 
 
 @triton.jit
-def numbers(b, PART: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """The codes of a part, less 8 or 128."""
-    return signed_bytes(b, PART, DTYPE) if BITS == 8 else nibbles(b, PART, DTYPE)
+def numbers(b, PART: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """The codes of a part: integers less 8 or 128, or FP8 values."""
+    if FP8:
+        found = fp8_bytes(b, PART, DTYPE)
+    elif BITS == 8:
+        found = signed_bytes(b, PART, DTYPE)
+    else:
+        found = nibbles(b, PART, DTYPE)
+    return found
 
 
 @triton.jit
@@ -180,14 +174,15 @@ def shape_tiles(m: int, n: int, k: int, bits: int, gated: bool, arch: int) -> di
 
 
 def as_loaded(codes: Strided, wide: bool) -> Strided:
-    """Packed codes as the elements that the kernel loads: halfwords or bytes."""
+    """Codes as the elements that the kernel loads: halfwords or bytes."""
     n, width = codes.shape
-    return replace(codes, dtype="int16", shape=(n, width // 2), strides=(width // 2, 1)) if wide else codes
+    halfwords = replace(codes, dtype="int16", shape=(n, width // 2), strides=(width // 2, 1))
+    return halfwords if wide else replace(codes, dtype="uint8")
 
 
 @dataclass(frozen=True)
 class GemmQ:
-    """``llmopt.linear_q`` and ``cuda.linear_q`` of int4 and int8 weights, any number of rows."""
+    """``llmopt.linear_q`` and ``cuda.linear_q`` of int4, int8 and FP8 weights, any number of rows."""
 
     name: str = "gemm_q"
     ops: tuple[str, ...] = (QUANTIZED, LINEAR_Q)
@@ -209,12 +204,12 @@ class GemmQ:
             return "it normalizes one row only"
         if v["norm"] is not None and x.dtype == "float16":
             return "float16 could overflow before it is normalized"
-        tuned = find_linear(site.tuning, self.name, quantized_form(bits, group, k), m, n, k, linear_form(v))
+        tuned = find_linear(site.tuning, self.name, quantized_form(v, k), m, n, k, linear_form(v))
         c = dict(tuned.config) if tuned else shape_tiles(m, n, k, bits, gate is not None, site.arch)
         bk = chunk_of(bits, group, k)
         c["BM"], c["SPLIT"] = min(c["BM"], max(16, pow2(m))), min(c["SPLIT"], cdiv(k, bk))
         tiles, split = cdiv(out.shape[1], c["BN"] // (1 if gate is None else 2)) * cdiv(m, c["BM"]), c["SPLIT"]
-        stored = as_loaded(codes, parts_of(bits, bk, k) * bits == 16)
+        stored = as_loaded(codes, codes.dtype == "uint8" and parts_of(bits, bk, k) * bits == 16)
         tensors = {
             "x": x, "codes": stored, "scales": v["scales"], "zeros": v["zeros"], "bias": v["bias"], "norm": v["norm"],
             "residual": residual, "out": out, "M": m,
@@ -224,7 +219,8 @@ class GemmQ:
         }  # fmt: skip
         constants = {
             "N": n, "K": k, "X_ROW": x.strides[0], "eps": float(v["eps"]), "offset": float(v["offset"]), "KIND": gate,
-            "BITS": bits, "GROUP": group, "BM": c["BM"], "BN": c["BN"], "BK": bk, "SPLIT": split, "AHEAD": c["AHEAD"],
+            "BITS": bits, "FP8": v["format"] == "fp8_e4m3", "SHARED": v["block_n"], "GROUP": group,
+            "BM": c["BM"], "BN": c["BN"], "BK": bk, "SPLIT": split, "AHEAD": c["AHEAD"],
         }  # fmt: skip
         moved = nbytes(x, codes, v["scales"], v["zeros"], residual, out)
         made = launch(
@@ -233,8 +229,7 @@ class GemmQ:
             scratch={"partial": "*fp32", "squares": "*fp32", "counter": "*i32"},
         )  # fmt: skip
         cost = max(modelled_us(moved, site.arch), 2 * m * n * k / FLOPS.get(site.arch, 0.2e9))
-        each = "a channel" if group >= k else f"groups of {group}"
-        why = f"int{bits}, {each}, {c['BM']}x{c['BN']}x{bk} tiles" + (f", K in {split}" if split > 1 else "")
+        why = f"{scheme(v, k)}, {c['BM']}x{c['BN']}x{bk} tiles" + (f", K in {split}" if split > 1 else "")
         why += f", {tuned.note}" if tuned else ", modelled"
         return Selection((made,), why, tuned.us if tuned else cost)
 

@@ -8,20 +8,24 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..eight_bits import NORM_ROUNDED, NORMS
 from ..kernel import CallSite, Selection
 from ._common import cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, row_pairs
+from ._rounding import row_scale, to_codes
 
 
 @triton.jit
 def norm(
-    x, residual, weight, bias, out, total,
+    x, residual, weight, bias, static, out, total, scales,
     COUNT: tl.constexpr, C: tl.constexpr, INNER: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr,
     INNER_R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
     eps: tl.constexpr, offset: tl.constexpr, MEAN: tl.constexpr, MUL_FP32: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (COUNT, C) = norm(x) · (weight + offset) + bias; with ``residual``, total = x + residual is normed and kept.
 
+    With ``FP8`` given, the normed row, rounded to x's dtype, is rounded on to codes: E4M3 where true, else int8; by the
+    scale ``static`` (1,), or by each row's own, which go to ``scales`` (COUNT,).
     ``MEAN``: LayerNorm, else RMSNorm. Statistics in fp32; a program holds ROWS whole rows in registers, so that x is
     read once. Floor: (1 + residual + out + total)·COUNT·C elements.
     """
@@ -46,11 +50,18 @@ def norm(
     y = v * tl.rsqrt(tl.sum(v * v, 1)[:, None] / C + eps)
     if weight is not None:
         if not MUL_FP32:  # as the reference rounds: the normed row, and weight + offset, in the row's dtype
-            y = y.to(out.dtype.element_ty).to(tl.float32)
-            w = w.to(out.dtype.element_ty).to(tl.float32)
+            y = y.to(x.dtype.element_ty).to(tl.float32)
+            w = w.to(x.dtype.element_ty).to(tl.float32)
         y = y * w
     if bias is not None:
         y = y + b
+    if FP8 is not None:
+        y = tl.where(live, y.to(x.dtype.element_ty).to(tl.float32), 0.0)
+        used = row_scale(y, static, FP8)
+        y = to_codes(y, used, FP8)
+        if scales is not None:
+            one = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+            tl.store(scales + one, used, mask=one < COUNT)
     tl.store(out + row * C + c, y.to(out.dtype.element_ty), mask=ok)
 
 
@@ -59,12 +70,7 @@ class Norm:
     """Every normalization of the dialect; x and residual may be strided views (heads of a fused projection)."""
 
     name: str = "norm"
-    ops: tuple[str, ...] = (
-        "llmopt.rms_norm",
-        "llmopt.add_rms_norm",
-        "aten.layer_norm.default",
-        "llmopt.add_layer_norm",
-    )
+    ops: tuple[str, ...] = (*NORMS, NORM_ROUNDED)
 
     def select(self, site: CallSite) -> Selection | str:
         v: Any = site.values
@@ -85,20 +91,25 @@ class Norm:
         block = pow2(c)
         rows = max(1, min(2048 // block, outer * inner // 128))
         rows = 1 << (rows.bit_length() - 1)
-        mean = "layer_norm" in site.call.op
-        out = site.outputs[0]
+        mean, form = "layer_norm" in v.get("op", site.call.op), v.get("round")
+        out, *more = site.outputs
         tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias, "out": out}
-        tensors["total"] = site.outputs[1] if residual is not None else None
+        tensors["total"] = more.pop(0) if residual is not None else None
+        tensors |= {"static": v.get("input_scale"), "scales": more.pop(0) if more else None}
         constants = {
             "COUNT": outer * inner, "C": c, "INNER": inner, "X0": x0, "X1": x1,
             "INNER_R": pairs_r[1], "R0": pairs_r[2], "R1": pairs_r[3], "eps": v["eps"],
             "offset": v.get("offset", 0.0), "MEAN": mean, "MUL_FP32": mean or v["mul_in_fp32"],
-            "ROWS": rows, "BLOCK": block,
+            "FP8": None if form is None else form == "fp8_e4m3", "ROWS": rows, "BLOCK": block,
         }  # fmt: skip
         moved = nbytes(x, residual, *site.outputs)
         warps = max(1, min(16, rows * block // 512))
         made = launch(site.arch, norm, (cdiv(outer * inner, rows),), tensors, constants, warps=warps, moved=moved)
-        return Selection((made,), f"{rows} row(s) a program", modelled_us(moved, site.arch))
+        return Selection(
+            (made,),
+            f"{rows} row(s) a program" + (f", rounded to {form}" if form else ""),
+            modelled_us(moved, site.arch),
+        )
 
 
 KERNEL = Norm()

@@ -1,9 +1,9 @@
 """Measured kernel configurations, made by ``llmopt tune``: one table an architecture, kept in this folder.
 
 A table is ``{"arch": 90, "compilers": {"triton 3.9.0": {kernel: {key: config}}}}``. A key of a linear is
-``"bfloat16 MxNxK"``, of one over quantized weights ``"int4g128 MxNxK"`` or ``"int8 MxNxK"``, with ``" gated"``,
-``" normed"`` or both after it where a gated activation or a norm is joined;
-``us`` in a configuration is its measured time.
+``"bfloat16 MxNxK"``, of one over quantized weights ``"int4g128 MxNxK"`` or what else ``quantized_form`` says, with
+``" gated"``, ``" normed"`` or both after it where a gated activation or a norm is joined; ``us`` in a configuration is
+its measured time.
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ def linear_key(dtype: str, m: int, n: int, k: int, form: str = "") -> str:
     return f"{dtype} {m}x{n}x{k} {form}".rstrip()
 
 
-def quantized_form(bits: int, group: int, k: int) -> str:
-    """What stands for the dtype in the key of a quantized linear: "int4g128", or "int8" with one scale a channel."""
-    return f"int{bits}g{group}" if group < k else f"int{bits}"
+def quantized_form(values: Mapping[str, Any], k: int) -> str:
+    """What stands for the dtype in the key of a quantized linear of k columns: "int4g128", or "int8" with one scale a
+    channel; "fp8" and, by blocks, "fp8g128"; "w8a8-fp8" where the input is rounded too."""
+    fp8, group = values["format"] == "fp8_e4m3", values["block_k"]
+    kind = "fp8" if fp8 else f"int{values['bits']}"
+    kind = f"w8a8-{kind}" if values.get("round") else kind
+    return f"{kind}g{group}" if group < k else kind
 
 
 def linear_form(values: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from ..options import CudaOptions
 from ..plan import operand, plan_bucket, scratch_name
 from ..select import Selector, discover
 from .bundle import Buffer, Bundle, Entry
-from .candidates import LINEARS, candidates
+from .candidates import CODES, LINEARS, candidates
 
 Progress = Callable[[str, int, int], None]
 
@@ -112,9 +112,9 @@ def work_of(kernel: str, site: CallSite, context: int) -> dict[str, Any]:
     if kernel == "moe":
         moved, flops = experts_work(site)
         return {"bytes": moved, "flops": flops, "data": {"index": choices(site)}, "rotating": ("gate_up", "down")}
-    if kernel == "gemm_q":
+    if kernel in CODES:
         moved, flops = quantized_work(site)
-        return {"bytes": moved, "flops": flops, "rotating": ("codes",)}
+        return {"bytes": moved, "flops": flops, "data": bounds(site), "rotating": ("codes",)}
     moved, flops = linear_work(site)
     return {"bytes": moved, "flops": flops, "data": bounds(site), "rotating": ("weight",)}
 

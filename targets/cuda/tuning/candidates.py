@@ -90,6 +90,58 @@ def gemm_q(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
             yield {"BM": rows, "BN": columns, "SPLIT": split, "AHEAD": ahead, "warps": warps, "stages": stages}
 
 
+def gemv_w8a8(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """One row that is rounded in the program: outputs of a tile, tiles of a program, warps, at most 64 bytes of codes a
+    thread in flight."""
+    block = 1 << (k - 1).bit_length()
+    for warps, rows, steps in product((4, 8, 16), (1, 2, 4, 8), (2, 4, 8, 16)):
+        held = rows * block * (2 if gated else 1) // (32 * warps)
+        outputs = n // 2 if gated else n
+        if m == 1 and 16 <= held <= 64 and block // (32 * warps) <= 64 and cdiv(outputs, rows * steps) >= 132:
+            yield {"rows": rows, "steps": steps, "warps": warps}
+
+
+def gemm_w8a8(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """Rows of codes: the tiles of ``gemm``, whose steps of K take as many bytes."""
+    ahead = 512 if m <= 64 else 0
+    if m <= 64:
+        bm = max(16, 1 << (m - 1).bit_length())
+        tried = [
+            ((bm, 64, 128, 1, 4, 4), (1, 2, 4)),
+            ((bm, 64, 128, 1, 4, 6), (1, 2)),
+            ((bm, 128, 128, 1, 4, 4), (1, 2)),
+        ]
+    elif m <= 128:
+        tried = [((128, 64, 128, 0, 4, 4), (1, 2, 4, 8)), ((128, 128, 128, 0, 8, 4), (1, 2, 4))]
+    else:
+        tried = [((128, 128, 128, 0, 8, 4), (1, 2, 4)), ((128, 64, 128, 0, 4, 4), (1, 2, 4))]
+    for (rows, columns, depth, swap, warps, stages), split in ((s, split) for s, splits in tried for split in splits):
+        programs = cdiv(n, columns) * cdiv(m, rows) * split
+        narrow = gated and swap and columns < 128
+        if (
+            m <= 512
+            and not narrow
+            and programs >= 48
+            and cdiv(k, split) >= 2 * depth
+            and (programs <= 800 or split == 1)
+        ):
+            yield {"BM": rows, "BN": columns, "BK": depth, "SPLIT": split, "SWAP": swap, "AHEAD": ahead, "warps": warps,
+                   "stages": stages}  # fmt: skip
+
+
+def gemm_w8a8_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """From 128 rows on; wider tiles spill where sums of FP8 take twice the registers."""
+    for bm, bn, stages, tall in ((128, 128, 3, 8), (128, 128, 4, 8), (128, 128, 4, 16), (128, 64, 5, 8)):
+        if m >= 128 and cdiv(m, bm) * cdiv(n, bn) >= 64:
+            yield {"BM": bm, "BN": bn, "BK": 128, "TALL": tall, "PARTS": 1, "warps": 8, "stages": stages}
+
+
+CODES: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
+    "gemm_q": gemm_q,
+    "gemv_w8a8": gemv_w8a8,
+    "gemm_w8a8": gemm_w8a8,
+    "gemm_w8a8_persistent": gemm_w8a8_persistent,
+}
 LINEARS: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemv": gemv,
     "gemm": gemm,
@@ -125,10 +177,10 @@ def candidates(kernel: str, site: CallSite) -> tuple[str, list[Config]] | None:
         m = prod(v["input"].shape[:-1])
         found = list(LINEARS[kernel](m, n, k, gated))
         return linear_key(v["weight"].dtype, m, n, k, linear_form(v)), found
-    if kernel == "gemm_q":
+    if kernel in CODES:
         n, k, m = v["codes"].shape[0], v["x"].shape[-1], prod(v["x"].shape[:-1])
-        key = linear_key(quantized_form(v["bits"], v["block_k"], k), m, n, k, linear_form(v))
-        return key, list(gemm_q(m, n, k, v.get("gate") is not None))
+        key = linear_key(quantized_form(v, k), m, n, k, linear_form(v))
+        return key, list(CODES[kernel](m, n, k, v.get("gate") is not None))
     if kernel == "attention" and not v["ring"]:
         rows, sequences, size = v["q"].shape[2], v["block_table"].shape[0], v["k_state"].shape[2]
         decode = site.function == "decode" and sequences == rows

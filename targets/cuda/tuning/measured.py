@@ -17,7 +17,7 @@ JOINED = ("", "gated", "normed", "gated normed")
 
 def linear_us(n: int, k: int, dtype: str, bits: int | None, group: int) -> float | None:
     """Microseconds of the fastest kernel measured on exactly this shape, whatever was joined to it; None without."""
-    form = dtype if bits is None else quantized_form(bits, group, k)
+    form = dtype if bits is None else quantized_form({"format": "int", "bits": bits, "block_k": group}, k)
     keys = [linear_key(form, 1, n, k, joined) for joined in JOINED]
     found = [table()[kernel][key].get("us") for kernel in KERNELS for key in keys if key in table().get(kernel, {})]
     return min((us for us in found if us is not None), default=None)

@@ -49,19 +49,24 @@ class Model:
 @cache
 def model(architecture: str, functions: tuple[str, ...] = TARGET.info.functions, text: str = "") -> Model:
     """A random model of an architecture through the recipe bf16-cuda, or another one's ``text``."""
-    recipe = parse_recipe(text) if text else load_recipe("bf16-cuda")
-    context = PassContext(TARGET.info, torch.bfloat16)
     with TemporaryDirectory() as folder:
         make_checkpoint(architecture, Path(folder))
-        module = capture(load_checkpoint(Path(folder)), torch.bfloat16, CONTEXT).module
-        common, forked = split_at_fork(recipe.passes)
-        PassManager().run(module, common, context)
-        fork(module, functions)
-        PassManager().run(module, forked, context)
-        module.prune_weights()
-        module.weights = {name: Constant(weight.tensor()) for name, weight in module.weights.items()}
-        program = lower(module)
-        return Model(program, readers(program, module.weights))
+        return lowered(Path(folder), text, functions)
+
+
+def lowered(checkpoint: Path, text: str = "", functions: tuple[str, ...] = TARGET.info.functions) -> Model:
+    """A checkpoint through the recipe bf16-cuda, or another one's ``text``, in the recipe's dtype."""
+    recipe = parse_recipe(text) if text else load_recipe("bf16-cuda")
+    context = PassContext(TARGET.info, recipe.torch_dtype)
+    module = capture(load_checkpoint(checkpoint), recipe.torch_dtype, CONTEXT).module
+    common, forked = split_at_fork(recipe.passes)
+    PassManager().run(module, common, context)
+    fork(module, functions)
+    PassManager().run(module, forked, context)
+    module.prune_weights()
+    module.weights = {name: Constant(weight.tensor()) for name, weight in module.weights.items()}
+    program = lower(module)
+    return Model(program, readers(program, module.weights))
 
 
 def planned(

@@ -8,6 +8,7 @@ import pytest
 
 from llmopt.program import Function, OpCall, Ref
 from llmopt.recipe import load_recipe
+from targets.cuda.eight_bits import LINEAR_8, ROUND
 from targets.cuda.fusion import ATTENTION, LINEAR, LINEAR_Q, fused
 from tests.targets.cuda.models import model
 
@@ -49,6 +50,57 @@ def test_quantized_linears_join_as_plain_ones_do() -> None:
     expected = ["embedding", "rotary_table", *layer, *layer, "linear norm"]
     assert text(fused(function, dims(1), (*OPS, LINEAR_Q))) == expected
     assert "linear_q norm" not in text(fused(function, dims(4), (*OPS, LINEAR_Q)))
+
+
+CODED = (*OPS, LINEAR_Q, LINEAR_8)
+
+
+def test_codes_are_made_where_they_are_read_or_normed() -> None:
+    """One row is rounded by the linears; others where the norm makes them, and after attention and the gate. The last
+    layer's rows are picked between rounding and linear, which then multiplies numbers."""
+    function = model("llama", text=load_recipe("fp8-cuda").text).program.functions["decode"]
+    layer = [line.replace("linear", "linear_8") for line in LLAMA_LAYER]
+    assert text(fused(function, dims(1), CODED))[:7] == ["embedding", "rotary_table", *layer]
+    layer = [
+        "norm_round",
+        "linear_8",
+        "attention",
+        "round",
+        "linear_8 residual",
+        "norm_round",
+        "linear_8 gate",
+        "round",
+    ]
+    expected = ["embedding", "rotary_table", *layer, "linear_8 residual", *layer[:-1], "round_activations"]
+    assert text(fused(function, dims(4), CODED))[: len(expected)] == expected
+    many = text(fused(function, dims(32), CODED))
+    assert (many.count("norm_round"), many.count("norm_round residual"), many.count("round")) == (1, 3, 3)
+    assert "linear_8 residual" not in many
+
+
+def test_codes_need_tensor_cores_that_multiply_them() -> None:
+    for recipe, old in (("fp8-cuda", {"linear_q norm", "round_activations"}), ("int8-cuda", set())):
+        function = model("llama", text=load_recipe(recipe).text).program.functions["decode"]
+        lines = set(text(fused(function, dims(4), CODED, 80)))
+        assert not any("linear_8" in line or line == "round" for line in lines)
+        assert ("round_activations" in lines) == bool(old)
+
+
+def test_a_rounding_that_something_else_reads_stays() -> None:
+    function = model("llama", text=load_recipe("fp8-cuda").text).program.functions["decode"]
+    at = next(i for i, call in enumerate(function.calls) if call.op == ROUND)
+    (name,) = function.calls[at].outputs
+    spy = OpCall("aten.alias.default", {"self": Ref(name)}, ("spy",))
+    types = {**function.types, "spy": function.types[name]}
+    watched = replace(function, calls=(*function.calls[: at + 1], spy, *function.calls[at + 1 :]), types=types)
+    assert text(fused(watched, dims(4), CODED)).count("round_activations") == 2
+    assert text(fused(function, dims(4), CODED)).count("round_activations") == 1
+
+
+def test_a_gate_that_no_linear_takes_is_rounded_with_its_codes() -> None:
+    function = model("llama", text=load_recipe("fp8-cuda").text).program.functions["decode"]
+    lines = text(fused(function, dims(4), (LINEAR_8,)))
+    assert (lines.count("round gate"), lines.count("gated_activation")) == (1, 1)
 
 
 def test_float16_is_normed_before_quantized_linears() -> None:

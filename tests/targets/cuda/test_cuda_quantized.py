@@ -23,7 +23,7 @@ from llmopt.recipe import load_recipe
 from targets.cuda.build import changed
 from targets.cuda.kernels._common import SM_COUNT
 from targets.cuda.options import CudaOptions
-from targets.cuda.pack import CodesLayout, Packed, TableLayout, pack_codes, stored, unpack_codes
+from targets.cuda.pack import CodesLayout, Packed, SignedLayout, TableLayout, pack_codes, stored, unpack_codes
 from targets.cuda.select import discover
 from tests.targets.cuda.fake_builds import compile_without_compiler
 from tests.targets.cuda.models import Model, interpreted, model, reference
@@ -35,24 +35,38 @@ EMBEDDED = Path(__file__).parents[3] / "models" / "classics-2m"
 EMBEDDING = "model.embed_tokens.weight"
 OPTIONS = CudaOptions(decode_buckets=(1, 4), extend_buckets=(16,), extend_sequences=(4,))
 INT4 = load_recipe("int4-cuda").text.replace("group_size: 128", "group_size: 32")
+INT8 = load_recipe("int8-cuda").text
+FP8 = INT8.replace("{bits: 8}", "{format: fp8_e4m3}")
 TEXTS = {
     "int4": INT4,
     "zeros": INT4.replace("group_size: 32", "group_size: 32\n    symmetric: false"),
-    "int8": load_recipe("int8-cuda").text,
+    "int8": INT8,
+    "fp8": FP8,
     "int8 head": INT4.replace("- rewrite", "- quantize_weights:\n    bits: 8\n    lm_head: true\n- rewrite"),
 }
 
 
-@given(
-    st.sampled_from([(4, 32), (4, 64), (4, 128), (8, 32), (8, 128)]), st.integers(1, 4), st.integers(1, 5), st.data()
-)
-def test_unpacking_gives_the_codes_again(form: tuple[int, int], chunks: int, n: int, data: st.DataObject) -> None:
-    bits, chunk = form
+FORMS = [(4, 32, "int"), (4, 64, "int"), (4, 128, "int"), (8, 32, "int"), (8, 128, "int"), (8, 64, "fp8_e4m3")]
+
+
+@given(st.sampled_from(FORMS), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_unpacking_gives_the_codes_again(form: tuple[int, int, str], chunks: int, n: int, data: st.DataObject) -> None:
+    bits, chunk, format = form
     random = np.random.default_rng(data.draw(st.integers(0, 99)))
     codes = random.integers(0, 2**bits, (n, chunks * chunk), np.uint8)
-    stored = pack_codes(codes, bits, chunk)
+    stored = pack_codes(codes, bits, chunk, format)
     assert stored.nbytes == codes.size * bits // 8
-    assert np.array_equal(unpack_codes(stored, bits, chunk), codes)
+    assert np.array_equal(unpack_codes(stored, bits, chunk, format), codes)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 40, 1 << 20])
+def test_codes_that_meet_codes_are_less_128(max_bytes: int) -> None:
+    codes = torch.randint(0, 256, (5, 64), dtype=torch.uint8)
+    read = Packed(Reader(Constant(codes), TensorType((5, 64), "uint8")), SignedLayout())
+    found = np.concatenate(list(read.chunks(max_bytes)))
+    assert (read.type, found.dtype) == (TensorType((5, 64), "int8"), np.int8)
+    assert np.array_equal(SignedLayout().unpack(found), codes.numpy())
+    assert np.array_equal(found.astype(int) + 128, codes.numpy())
 
 
 def test_the_packing_is_the_documented_one() -> None:
@@ -85,7 +99,7 @@ def call(**args: Any) -> OpCall:
     ("args", "message"),
     [
         ({"bits": 3}, "int weights of 3 bits"),
-        ({"format": "fp8_e4m3", "bits": 8}, "fp8_e4m3 weights of 8 bits"),
+        ({"format": "mxfp4"}, "mxfp4 weights of 4 bits"),
         ({"block_n": 128}, "blocks of 128 rows"),
         ({"g_idx": Ref("w.g_idx")}, "another order than their groups"),
         ({"block_k": 16}, "groups of 16 of 96 columns"),

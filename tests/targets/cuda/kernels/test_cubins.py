@@ -10,6 +10,7 @@ import pytest
 from llmopt.errors import TargetError
 from targets.cuda.cache import CubinCache, Job
 from targets.cuda.compile import compile_all
+from targets.cuda.eight_bits import CODES, LINEAR_8, NORM_ROUNDED, NOTHING_JOINED, ROUND, ROUNDED
 from targets.cuda.fusion import ABSENT, ATTENTION, HEAD_NORM, LINEAR, LINEAR_Q
 from targets.cuda.kernel import Kernel, Selection, Specialization, Strided
 from targets.cuda.kernels import (
@@ -20,10 +21,14 @@ from targets.cuda.kernels import (
     gemm,
     gemm_persistent,
     gemm_q,
+    gemm_w8a8,
+    gemm_w8a8_persistent,
     gemv,
+    gemv_w8a8,
     moe,
     norm,
     rotary,
+    rounding,
     routing,
     sample,
 )
@@ -62,6 +67,28 @@ def quantized(
     return LINEAR_Q, values, (bf16("out", 1, m, n // 2 if "gate" in parts else n),), "decode"
 
 
+def coded(
+    m: int, n: int, k: int, format: str = "fp8_e4m3", block: int = 0, **parts: Any
+) -> tuple[str, dict[str, Any], tuple[Strided, ...], str]:
+    """A linear over codes; one row comes in numbers. ``block``: rows and columns of a scale, 0: a scale a channel."""
+    kind = CODES[format]
+    values = {
+        "x": bf16("x", 1, m, k) if m == 1 else dense("x", kind, 1, m, k), "input_scale": None, "round": format,
+        "x_scale": None if m == 1 else dense("t", "float32", 1, m), "codes": dense("c", kind, n, k), "bias": None,
+        "scales": bf16("s", k // (block or k), n // (block or 1)), "format": "int" if format == "int8" else format,
+        "bits": 8, "block_n": block or 1, "block_k": block or k, **NOTHING_JOINED, "eps": 1e-5, **parts,
+    }  # fmt: skip
+    return LINEAR_8, values, (bf16("out", 1, m, n // 2 if "gate" in parts else n),), "decode"
+
+
+def rounded(call: str, width: int, kind: str, **values: Any) -> tuple[str, dict[str, Any], tuple[Strided, ...], str]:
+    """Eight rows to codes, or to rounded numbers."""
+    outs = (bf16("out", 1, 8, width),)
+    if call != ROUND:
+        outs = (dense("out", CODES[kind], 1, 8, width), dense("t", "float32", 1, 8))
+    return call, {"scale": None, "format": kind, **values}, outs, "decode"
+
+
 def attend_joined(rows: int, norm: Strided | None) -> tuple[str, dict[str, Any], Any, str]:
     _, values, (out,), _ = attend("decode", rows, rows, 64)
     more = {"k": bf16("nk", 1, 8, rows, 128), "v": bf16("nv", 1, 8, rows, 128), "cos": bf16("cos", 1, rows, 64),
@@ -81,7 +108,7 @@ def attend(function: str, rows: int, n: int, size: int, **more: Any) -> tuple[st
     return "llmopt.cached_attention", values, (bf16("out", 1, rows, 32, 128),), function
 
 
-def coded(call: tuple[str, dict[str, Any], Any, str], dtype: str) -> tuple[str, dict[str, Any], Any, str]:
+def over_codes(call: tuple[str, dict[str, Any], Any, str], dtype: str) -> tuple[str, dict[str, Any], Any, str]:
     """A call over states of codes."""
     op, values, outputs, function = call
     states = {name: dense(name[0], dtype, *values[name].shape) for name in ("k_state", "v_state")}
@@ -134,9 +161,11 @@ QUANTIZED: list[tuple[str, dict[str, Any], Any, str]] = [
     quantized(64, 4096, 4096, 8, 4096),
     quantized(128, 28672, 4096, 8, 128, True, gate="silu"),
     quantized(5, 33, 65, 8, 65),
+    quantized(1, 28672, 4096, 8, 4096, format="fp8_e4m3", norm=bf16("g", 4096), gate="silu"),
+    quantized(64, 4096, 4096, 8, 4096, format="fp8_e4m3", codes=dense("c", "float8_e4m3fn", 4096, 4096)),
 ]
 CODED: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
-    (kernel, coded(call, dtype))
+    (kernel, over_codes(call, dtype))
     for dtype in ("float8_e4m3fn", "int8")
     for kernel, call in (
         (attention.KERNEL, attend("decode", 256, 256, 64)),
@@ -148,6 +177,15 @@ CODED: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
         (rotary.KERNELS[1], rope()),
     )
 ]
+WIDE = bf16("x", 1, 8, 28672)
+NORMED = {"x": bf16("x", 1, 8, 4096), "weight": bf16("g", 4096), "op": "llmopt.rms_norm", "eps": 1e-5, "offset": 0.0,
+          "mul_in_fp32": False, "input_scale": None}  # fmt: skip
+EIGHT_BITS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
+    (gemm_w8a8.KERNEL, coded(64, 28672, 4096, block=128, gate="silu")),
+    (gemm_w8a8.KERNEL, coded(256, 4096, 14336, "int8")),
+    (rounding.KERNEL, rounded(ROUND, 28672, "fp8_e4m3", x=WIDE)),
+]
+"""Built for every GPU, of FP8 in the tensor cores but sm_80."""
 CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemv.KERNEL, linear(1, 512, 1024)),
     (gemv.KERNEL, joined(512, 4096, norm=bf16("g", 4096))),
@@ -162,6 +200,14 @@ CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemm_persistent.KERNEL, joined(8192, 512, 2048, gate="silu")),
     (gemm_persistent.KERNEL, joined(4096, 512, 2048, residual=bf16("r", 1, 2048, 4096))),
     *((gemm_q.KERNEL, call) for call in QUANTIZED),
+    *EIGHT_BITS,
+    (gemv_w8a8.KERNEL, coded(1, 28672, 4096, norm=bf16("g", 4096), gate="silu")),
+    (gemv_w8a8.KERNEL, coded(1, 4096, 14336, "int8", residual=bf16("r", 1, 1, 4096))),
+    (gemm_w8a8.KERNEL, coded(8, 6144, 4096)),
+    (norm.KERNEL, rounded(NORM_ROUNDED, 4096, "int8", round="int8", **NORMED)),
+    (rounding.KERNEL, rounded(ROUNDED, 14336, "fp8_e4m3", x=WIDE, gate="silu")),
+    (gemm_w8a8_persistent.KERNEL, coded(2048, 28672, 4096, block=128, gate="silu")),
+    (gemm_w8a8_persistent.KERNEL, coded(2048, 4096, 14336, "int8", residual=bf16("r", 1, 2048, 4096))),
     (attention.KERNEL, attend("decode", 4, 4, 16)),
     (attention.KERNEL, attend("decode", 4, 4, 64, sinks=bf16("s", 32), window=100, sink_tokens=4)),
     (attention.KERNEL, attend_joined(1, bf16("g", 128))),
@@ -206,6 +252,24 @@ def test_kernels_build_without_spills(arch: int, tmp_path: Path) -> None:
     for job in jobs:
         assert built[job].spills == 0, job.label
         assert built[job].shared <= (227 << 10 if arch >= 90 else 163 << 10), job.label
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "room"), [(80, 163 << 10), (89, 99 << 10), (100, 227 << 10)])
+def test_codes_build_for_other_gpus(arch: int, room: int, tmp_path: Path) -> None:
+    """FP8 by the tensor cores is refused on sm_80, which has none; there codes become numbers."""
+    jobs = []
+    for kernel, call in EIGHT_BITS:
+        found = select(kernel, *call, arch=arch)
+        if isinstance(found, str):
+            assert (arch, found) == (80, "sm_80 has no FP8")
+        else:
+            jobs.append(Job(found.launches[0].specialization, arch, "test"))
+    assert len(jobs) == (2 if arch == 80 else 3)
+    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+    for job in jobs:
+        assert built[job].spills == 0, job.label
+        assert built[job].shared <= room, job.label
 
 
 @pytest.mark.slow

@@ -6,9 +6,12 @@ import re
 import struct
 
 import pytest
+import torch
 
 from targets.cuda.kernels._dequantize import (
     bytes_of_halfwords,
+    e4m3_as,
+    e4m3_of_halfwords,
     nibbles_of_bytes,
     nibbles_of_halfwords,
     signed_bytes_as,
@@ -41,6 +44,8 @@ def evaluate(ptx: str, source: int, type_: str) -> list[float]:
                 result = values[0]
             case ["shr", _]:
                 result = values[0] >> values[1]
+            case ["shl", _]:
+                result = values[0] << values[1] & 0xFFFFFFFF
             case ["and", _]:
                 result = values[0] & values[1]
             case ["xor", _]:
@@ -82,6 +87,21 @@ def test_every_int8(type_: str) -> None:
             assert evaluate(bytes_of_halfwords(part, type_).value, word, type_) == numbers[part::2]
 
 
+@pytest.mark.parametrize("type_", TYPES)
+def test_every_fp8(type_: str) -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().tolist()
+    for code in range(256):
+        raw = bytes((code, 255 - code, code ^ 0x5A, (3 * code) & 255))
+        if {0x7F, 0xFF} & set(raw):
+            continue  # NaN, which no weight holds
+        numbers, word = [values[byte] for byte in raw], int.from_bytes(raw, "little")
+        assert evaluate(e4m3_as(type_).value, word, type_) == numbers
+        for part in range(2):
+            assert evaluate(e4m3_of_halfwords(part, type_).value, word, type_) == numbers[part::2]
+
+
 def test_another_order_of_bytes_is_noticed() -> None:
     wrong = signed_bytes_as("bf16").value.replace("0x4342", "0x4243")
     assert evaluate(wrong, 0x04030201, "bf16") != [1, 2, 3, 4]
+    wrong = e4m3_as("bf16").value.replace("0x3424", "0x2434")
+    assert evaluate(wrong, 0x38404448, "bf16") != [4, 3, 2, 1]

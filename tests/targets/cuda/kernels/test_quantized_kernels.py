@@ -1,4 +1,4 @@
-"""Linears over int4 and int8 weights, alone and joined with norm, gate and residual, against float64."""
+"""Linears over int4, int8 and FP8 weights, alone and joined with norm, gate and residual, against float64."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from tests.targets.cuda.kernels.test_fused_linear_kernels import ACTIVATIONS, BF
 def operands(
     m: int, n: int, k: int, bits: int = 4, group: int = 32, *, zeros: bool = False, dtype: torch.dtype = BF16,
     bias: bool = False, norm: bool = False, offset: float = 0.0, gate: str | None = None, residual: bool = False,
+    fp8: bool = False, shared: int = 1, plain: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """x (1, m, k), unpacked codes (n or 2n, k), scales and zeros (n or 2n, k / group), and what the call joins."""
+    """x (1, m, k), unpacked codes (n or 2n, k), scales and zeros (n or 2n over shared, k / group), and what the call
+    joins; ``plain``: codes that lie as those of activations do."""
     random = torch.Generator().manual_seed(m * 7919 + n * 31 + k)
 
     def draw(*shape: int) -> Tensor:
@@ -29,10 +31,11 @@ def operands(
 
     rows = n if gate is None else 2 * n
     return {
-        "x": 3 * draw(1, m, k), "codes": integers(random, 2**bits, rows, k),
-        "scales": (torch.rand((rows, k // group), generator=random) / 2**bits + 0.01).to(dtype),
+        "x": 3 * draw(1, m, k), "codes": draw(rows, k).to(FP8) if fp8 else integers(random, 2**bits, rows, k),
+        "scales": (torch.rand((rows // shared, k // group), generator=random) / 2**bits + 0.01).to(dtype),
         "zeros": integers(random, 2**bits, rows, k // group) if zeros else None, "bias": draw(rows) if bias else None,
-        "g_idx": None, "format": "int", "bits": bits, "block_n": 1, "block_k": group,
+        "g_idx": None, "format": "fp8_e4m3" if fp8 else "int", "bits": bits, "block_n": shared, "block_k": group,
+        "plain": plain,
         "norm": draw(k) if norm else None, "eps": 1e-3, "offset": offset, "gate": gate,
         "residual": draw(1, m, n) if residual else None,
     }  # fmt: skip
@@ -44,12 +47,12 @@ def integers(random: torch.Generator, top: int, *shape: int) -> Tensor:
 
 def exact(v: dict[str, Any]) -> Tensor:
     """The call in float64; a normed input is rounded before it is multiplied, as the kernel rounds it."""
-    x, bits, group = v["x"].double(), v["bits"], v["block_k"]
+    x = v["x"].double()
     root = torch.ones(())
     if v["norm"] is not None:
         root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + v["eps"])
         x = (v["x"].float() * (v["norm"].float() + v["offset"])).to(v["x"].dtype).double()
-    weight = dequantize(v["codes"], v["scales"], v["zeros"], None, "int", bits, 1, group).double()
+    weight = dequantize(*(v[name] for name in QUANTIZATION)).double()
     out = torch.nn.functional.linear(x, weight) * root
     if v["bias"] is not None:
         out = out + v["bias"].double()
@@ -62,16 +65,22 @@ def exact(v: dict[str, Any]) -> Tensor:
 def compute(v: dict[str, Any], config: dict[str, int] | None = None) -> Tensor:
     """The kernel over packed weights, with a configuration as if it had been tuned."""
     (m, k), rows, bits, group = v["x"].shape[1:], v["codes"].shape[0], v["bits"], v["block_k"]
-    stored = pack_codes(v["codes"].numpy(), bits, chunk_of(bits, group, k))
+    if v["plain"]:
+        stored = v["codes"] if v["format"] != "int" else (v["codes"] ^ 128).view(torch.int8)
+    else:
+        codes = v["codes"].view(torch.uint8).numpy()
+        stored = torch.from_numpy(pack_codes(codes, bits, chunk_of(bits, group, k), v["format"]))
     tables = {name: v[name].T.contiguous() for name in ("scales", "zeros") if v[name] is not None}
-    key = linear_key(quantized_form(bits, group, k), m, rows, k, linear_form(v))
+    key = linear_key(quantized_form(v, k), m, rows, k, linear_form(v))
     tuning = {"gemm_q": {key: config}} if config else None
     n = rows if v["gate"] is None else rows // 2
-    given = {**v, "codes": torch.from_numpy(stored), **tables}
+    given = {**v, "codes": stored, **tables}
     (out,) = run(gemm_q.KERNEL, LINEAR_Q, given, [((1, m, n), v["x"].dtype)], tuning=tuning)
     return out
 
 
+FP8 = torch.float8_e4m3fn
+QUANTIZATION = ("codes", "scales", "zeros", "g_idx", "format", "bits", "block_n", "block_k")
 FORMATS: list[dict[str, Any]] = [
     {"bits": 4, "group": 32},
     {"bits": 4, "group": 64, "zeros": True},
@@ -93,6 +102,24 @@ def test_groups(m: int, n: int, form: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (2, 33, 65), (5, 9, 300)])
 def test_int8_channels_of_any_length(m: int, n: int, k: int, zeros: bool) -> None:
     v = operands(m, n, k, 8, k, zeros=zeros)
+    close(compute(v), exact(v))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("form", [{"group": 128, "shared": 16}, {"group": 64, "dtype": FP16}, {"group": 256}], ids=str)
+def test_fp8(form: dict[str, Any], plain: bool) -> None:
+    v = operands(3, 48, 256, 8, fp8=True, plain=plain, **form)
+    close(compute(v), exact(v))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_fp8_tensors_of_any_length(plain: bool) -> None:
+    v = operands(2, 35, 65, 8, 65, fp8=True, shared=70, gate="silu", residual=True, plain=plain)
+    close(compute(v), exact(v))
+
+
+def test_int8_as_activations_lie() -> None:
+    v = operands(3, 17, 256, 8, 128, plain=True)
     close(compute(v), exact(v))
 
 
@@ -131,3 +158,10 @@ def test_an_operand_of_another_group_is_noticed(wrong: str) -> None:
     v[wrong] = v[wrong].roll(1, -1)
     with pytest.raises(AssertionError, match="error"):
         close(out, exact(v))
+
+
+def test_fp8_codes_packed_as_integers_are_noticed() -> None:
+    v = operands(3, 48, 256, 8, 256, fp8=True)
+    wrong = {**v, "codes": v["codes"].view(torch.uint8) ^ 128}
+    with pytest.raises(AssertionError, match="error"):
+        close(compute({**wrong, "codes": wrong["codes"].view(FP8)}), exact(v))

@@ -9,6 +9,7 @@ from typing import Any
 from llmopt.errors import ExecutorError, ResourceError
 from llmopt.launch import Cubin, Launch, Pointer, Scalar, TensorMap
 from llmopt.program import OpCall
+from targets.cuda.eight_bits import LINEAR_8, NOTHING_JOINED
 from targets.cuda.kernel import CallSite, Strided
 from targets.cuda.tuning.bundle import Buffer, Bundle, Entry
 from targets.cuda.tuning.timing import Timed
@@ -43,6 +44,19 @@ def quantized_site(m: int, n: int, k: int, gate: str | None = None) -> CallSite:
     }  # fmt: skip
     out = dense("y", 1, m, n if gate is None else n // 2)
     return CallSite(OpCall("cuda.linear_q", {}, ("y",)), {}, values, (out,), {"T": m}, "decode", 90)
+
+
+def codes_site(m: int, n: int, k: int, gate: str | None = None, group: int = 0) -> CallSite:
+    """A joined linear over FP8 codes of its input, or for one row over numbers."""
+    x = dense("h", 1, m, k) if m == 1 else replace(dense("h", 1, m, k), dtype="float8_e4m3fn")
+    values = {
+        "x": x, "x_scale": None if m == 1 else replace(dense("t", 1, m), dtype="float32"), "input_scale": None,
+        "round": "fp8_e4m3", "codes": replace(dense("c", n, k), dtype="float8_e4m3fn"),
+        "scales": dense("s", k // (group or k), n // (group or 1)), "bias": None, "format": "fp8_e4m3", "bits": 8,
+        "block_n": group or 1, "block_k": group or k, **NOTHING_JOINED, "gate": gate,
+    }  # fmt: skip
+    out = dense("y", 1, m, n if gate is None else n // 2)
+    return CallSite(OpCall(LINEAR_8, {}, ("y",)), {}, values, (out,), {"T": m}, "decode", 90)
 
 
 def experts_site(rows: int, experts: int) -> CallSite:

@@ -103,6 +103,14 @@ def test_contradictions_are_named(arguments: tuple[str, ...], words: str, capsys
     assert words in capsys.readouterr().err
 
 
+def test_nothing_to_time_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, made = tmp_path / "config.json", tmp_path / "bundle"
+    config.write_text(json.dumps(CONFIG))
+    assert call(config, "-r", "bf16-cuda", "--build-only", made, "--only", "gemv float64") == 3
+    assert "'gemv float64' matches no configuration of these shapes" in capsys.readouterr().err
+    assert not made.exists()
+
+
 def test_a_bundle_does_not_go_where_something_is(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("")
     assert call("config.json", "-r", "bf16-cuda", "--build-only", tmp_path) == 3

@@ -5,19 +5,37 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llmopt.errors import ArtifactError, ExecutorError, ResourceError
 from targets.cuda.kernel import Kernel, Strided
-from targets.cuda.kernels import gemm, gemm_persistent, gemm_q, gemv, moe
+from targets.cuda.kernels import (
+    gemm,
+    gemm_persistent,
+    gemm_q,
+    gemm_w8a8,
+    gemm_w8a8_persistent,
+    gemv,
+    gemv_w8a8,
+    moe,
+)
 from targets.cuda.options import CudaOptions
 from targets.cuda.tuning.build import entry as describe
 from targets.cuda.tuning.build import program_cases, site_cases
 from targets.cuda.tuning.bundle import FILE, open_bundle
 from targets.cuda.tuning.candidates import candidates
-from targets.cuda.tuning.timing import measure, winners
+from targets.cuda.tuning.timing import FILLED, finite, measure, winners
 from tests.targets.cuda.models import model
-from tests.targets.cuda.tuning.cases import FakeTimer, bundle, entry, experts_site, linear_site, quantized_site
+from tests.targets.cuda.tuning.cases import (
+    FakeTimer,
+    bundle,
+    codes_site,
+    entry,
+    experts_site,
+    linear_site,
+    quantized_site,
+)
 
 
 def ignore(what: str, done: int, total: int) -> None:
@@ -74,6 +92,33 @@ def test_quantized_linears_are_tried_over_packed_weights(m: int, gate: str | Non
     made = describe(cases[0], ())
     assert {name for name, buffer in made.buffers.items() if buffer.kind == "pool"} == {"codes"}
     assert made.check is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "m", "gate", "group", "least"),
+    [
+        (gemv_w8a8.KERNEL, 1, None, 0, 8), (gemv_w8a8.KERNEL, 1, "silu", 128, 8), (gemm_w8a8.KERNEL, 8, None, 0, 4),
+        (gemm_w8a8.KERNEL, 8, "silu", 128, 1), (gemm_w8a8.KERNEL, 128, None, 0, 3),
+        (gemm_w8a8.KERNEL, 256, "silu", 0, 2),
+        (gemm_w8a8_persistent.KERNEL, 2048, "silu", 128, 3),
+    ],
+)  # fmt: skip
+def test_linears_over_codes_are_tried(kernel: Kernel, m: int, gate: str | None, group: int, least: int) -> None:
+    cases = list(site_cases(kernel, codes_site(m, 8192, 4096, gate, group), "llama", "layer"))
+    assert len(cases) >= least
+    form = f"w8a8-fp8{'g128' if group else ''}"
+    assert {case.key for case in cases} == {f"{form} {m}x8192x4096{' gated' if gate else ''}"}
+    assert len({case.selection.launches for case in cases}) == len(cases)
+    assert all(case.selection.reason.endswith("tuned") for case in cases)
+    made = describe(cases[0], ())
+    assert {name for name, buffer in made.buffers.items() if buffer.kind == "pool"} == {"codes"}
+    assert made.buffers["x"].dtype in FILLED
+
+
+def test_what_fills_codes_holds_no_nan() -> None:
+    bits = finite(np.arange(1 << 16, dtype=np.uint16))
+    assert not {0x7F, 0xFF} & set((bits & 0xFF).tolist())
+    assert (bits == np.arange(1 << 16)).mean() > 0.99
 
 
 def test_other_kernels_have_nothing_to_try() -> None:

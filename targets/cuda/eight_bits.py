@@ -1,0 +1,110 @@
+"""Linears that multiply codes by codes, weights and activations rounded to one format of eight bits: which do, and the
+rules that join the making of the codes with what is before it.
+
+- ``cuda.linear_8``: a linear over codes ``x`` with ``x_scale``, its rows' scales or the static ``input_scale``; or over
+  numbers, ``x_scale`` None, which its kernel rounds to codes as ``round`` says, after the RMSNorm where one joins.
+- ``cuda.round``: codes, and unless ``scale`` is static their scales, of the rows of ``x`` or of their gated activation.
+- ``cuda.norm_round``: the same of what the call ``op`` makes, a normalization, whose sum, if it adds, comes second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from llmopt.program import Arg, Function, OpCall, Ref, TensorType
+
+from .graph import Graph
+
+QUANTIZED, ROUND = "llmopt.linear_q", "llmopt.round_activations"
+LINEAR_8, ROUNDED, NORM_ROUNDED = "cuda.linear_8", "cuda.round", "cuda.norm_round"
+FORMATS = {"int8": "int", "fp8_e4m3": "fp8_e4m3"}
+"""Format of the weights that each format of activations meets in the tensor cores."""
+CODES = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
+"""Type of an activation's codes."""
+NORMS = ("llmopt.rms_norm", "llmopt.add_rms_norm", "aten.layer_norm.default", "llmopt.add_layer_norm")
+LONGEST_ROW = 16384
+"""Elements of a row that a kernel of one row holds in registers beside the weights it reads."""
+NOTHING_JOINED = {"norm": None, "eps": 0.0, "offset": 0.0, "mul_in_fp32": False, "gate": None, "residual": None}
+
+
+def code_calls(function: Function) -> dict[int, str]:
+    """The codes of each call, by its index, that multiplies its input's codes by its weight's."""
+    made = {name: call for call in function.calls for name in call.outputs}
+    found = {}
+    for index, call in enumerate(function.calls):
+        codes = call.args.get("codes")
+        if isinstance(codes, Ref) and multiplies_codes(call, made):
+            found[index] = codes.name
+    return found
+
+
+def multiplies_codes(call: OpCall, made: Mapping[str, OpCall]) -> bool:
+    """Whether a call is a linear over symmetric codes of eight bits whose input is rounded to the same format.
+
+    ``made``: who makes each value. Other linears multiply the rounded numbers.
+    """
+    x = call.args.get("x")
+    rounding = made.get(x.name) if isinstance(x, Ref) else None
+    if call.op != QUANTIZED or rounding is None or rounding.op != ROUND:
+        return False
+    v = call.args
+    same = FORMATS[str(rounding.args["format"])] == v["format"] and v["bits"] == 8
+    return same and v["zeros"] is None and v["g_idx"] is None
+
+
+def runs_codes(arch: int) -> Callable[[str], bool]:
+    """Which formats of activations an architecture's tensor cores multiply: FP8 from sm_89 on."""
+    return lambda format: format == "int8" or arch >= 89
+
+
+def codes_into_linears(graph: Graph, at: int, call: OpCall, runs: Callable[[str], bool], one_row: bool) -> None:
+    """Rounded activations that nothing but linears over codes of the same format read: the linears take the codes; one
+    row's linears make them, as each of their programs reads the row anyway."""
+    if call.op != ROUND or not runs(str(call.args["format"])):
+        return
+    (name,) = call.outputs
+    readers, takers = graph.readers.get(name, []), code_calls(graph.function)
+    if not readers or graph.uses[name] != len(readers) or not set(readers) <= takers.keys():
+        return
+    static, kind = call.args["scale"], graph.function.types[name]
+    x: Arg = call.args["x"]
+    scale: Arg = static
+    if one_row and int(kind.shape[-1]) <= LONGEST_ROW:
+        graph.places[at], scale = (), None
+    else:
+        outputs: tuple[str, ...] = (name,)
+        x = Ref(name)
+        graph.types[name] = replace(kind, dtype=CODES[str(call.args["format"])])
+        if static is None:
+            scale, outputs = Ref(f"{name}/scale"), (name, f"{name}/scale")
+            graph.types[outputs[1]] = TensorType(kind.shape[:-1], "float32")
+        graph.places[at] = (replace(call, op=ROUNDED, args={**call.args, "gate": None}, outputs=outputs),)
+    for i in readers:
+        reader = graph.calls[i]
+        kept = {key: arg for key, arg in reader.args.items() if key not in ("x", "zeros", "g_idx")}
+        taken = {"x": x, "x_scale": scale, "input_scale": static, "round": call.args["format"]}
+        graph.places[i] = (replace(reader, op=LINEAR_8, args={**taken, **kept, **NOTHING_JOINED}),)
+
+
+def norm_into_rounding(graph: Graph, at: int, call: OpCall) -> None:
+    """A normalization and the rounding of its result, which nothing else reads."""
+    source = graph.only_from(call.args["x"], *NORMS) if call.op == ROUNDED and call.args["gate"] is None else None
+    if source is None or call.args["x"] != Ref(graph.calls[source].outputs[0]):
+        return
+    norm = graph.calls[source]
+    args = {**norm.args, "op": norm.op, "input_scale": call.args["scale"], "round": call.args["format"]}
+    outputs = (call.outputs[0], *norm.outputs[1:], *call.outputs[1:])
+    graph.places[source] = (OpCall(NORM_ROUNDED, args, outputs, call.scope),)
+    graph.places[at] = ()
+
+
+def gate_into_rounding(graph: Graph, at: int, call: OpCall) -> None:
+    """A gated activation that no linear took, and the rounding of its result, which nothing else reads."""
+    joins = call.op == ROUNDED and call.args["gate"] is None
+    source = graph.only_from(call.args["x"], "llmopt.gated_activation") if joins else None
+    if source is not None:
+        gate = graph.calls[source].args
+        args: dict[str, Any] = {**call.args, "x": gate["x"], "gate": gate["kind"]}
+        graph.places[source], graph.places[at] = (), (replace(call, args=args),)
