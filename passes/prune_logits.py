@@ -21,7 +21,7 @@ ELEMENTWISE = {
 }  # fmt: skip
 LAST_AXIS = {
     aten.linear.default, dialect.linear_q.default, dialect.rms_norm.default, dialect.add_rms_norm.default,
-    dialect.add_layer_norm.default, dialect.gated_activation.default,
+    dialect.add_layer_norm.default, dialect.gated_activation.default, dialect.round_activations.default,
 }  # fmt: skip
 SPLITS = {aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default}
 

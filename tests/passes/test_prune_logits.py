@@ -11,6 +11,7 @@ from expecttest import assert_expected_inline
 from llmopt.errors import PassError
 from llmopt.ir.interpret import run_module
 from llmopt.ir.module import Module
+from llmopt.ir.rewrite import dialect
 from tests.ir.handmade import Builder, aten, llama
 from tests.passes.running import FUSIONS, TOKENS, logits, ops, rewrites, run, text
 
@@ -45,6 +46,11 @@ def softcapped(b: Builder, x: Any) -> Any:
     return b.call(aten.mul.Tensor, x, 3.0)
 
 
+def rounded(b: Builder, x: Any) -> Any:
+    """Each row is rounded with a scale of its own."""
+    return b.linear(b.call(dialect.round_activations.default, x, None, "int8"), "head", 17)
+
+
 def mixed_rows(b: Builder, x: Any) -> Any:
     """Row t of the logits depends on other rows."""
     return b.call(aten.cumsum.default, b.linear(x, "head", 17), 1)
@@ -56,14 +62,16 @@ def axis_norm(b: Builder, x: Any) -> Any:
     return b.call(aten.mul.Tensor, halves, b.call(aten.sum.dim_IntList, halves, [1], True))
 
 
-@pytest.mark.parametrize(("tail", "selected"), [(softcapped, "head"), (mixed_rows, "logits"), (axis_norm, "inner")])
+@pytest.mark.parametrize(
+    ("tail", "selected"), [(softcapped, "head"), (rounded, "rounding"), (mixed_rows, "logits"), (axis_norm, "inner")]
+)
 def test_only_row_wise_tails_move(tail: Any, selected: str) -> None:
     b = Builder()
     module = b.finish(tail(b, b.embed(8)))
     before = run_module(module, "step", inputs())[0]
     run(module, "prune_logits")
     position = ops(module).index("aten.index_select") - len(ops(module))
-    assert position == {"head": -5, "logits": -1, "inner": -2}[selected]
+    assert position == {"head": -5, "rounding": -4, "logits": -1, "inner": -2}[selected]
     torch.testing.assert_close(run_module(module, "step", inputs([3, 20]))[0], before[:, [3, 20]])
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from llmopt.artifact import Artifact, WeightsPlan
 from llmopt.ir.weights import Constant
@@ -29,12 +31,24 @@ from tests.targets.models import worst
 
 EMBEDDED = Path(__file__).parents[3] / "models" / "classics-2m"
 OPTIONS = CudaOptions(decode_buckets=(1, 4), extend_buckets=(16,), extend_sequences=(4,))
-FP8 = load_recipe("fp8-cuda").text.replace("dtype: bfloat16", "dtype: float16")
-"""The interpreter rounds to float16 as a GPU does, and truncates to bfloat16, which moves codes."""
-WEIGHTS, ACTIVATIONS = "quantize_weights: {format: fp8_e4m3}", "quantize_activations: {format: fp8_e4m3}"
-INT8 = FP8.replace(WEIGHTS, "quantize_weights: {bits: 8}").replace(ACTIVATIONS, "quantize_activations: {format: int8}")
-STORED = FP8.replace(f"  - {WEIGHTS}\n", "")
-ZEROS = INT8.replace("{bits: 8}", "{bits: 8, symmetric: false}")
+WEIGHTS, ACTIVATIONS = ("quantize_weights", {"format": "fp8_e4m3"}), ("quantize_activations", {"format": "fp8_e4m3"})
+
+
+def recipe(*quantizers: tuple[str, dict[str, Any]]) -> str:
+    """The recipe fp8-cuda with other quantizers, in float16: the interpreter rounds to it as a GPU does, and truncates
+    to bfloat16, which moves codes."""
+    document = yaml.safe_load(load_recipe("fp8-cuda").text)
+    names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in document["passes"]]
+    first = names.index("quantize_weights")
+    assert names[first : first + 2] == ["quantize_weights", "quantize_activations"]
+    document["passes"][first : first + 2] = [{name: options} for name, options in quantizers]
+    return yaml.safe_dump({**document, "dtype": "float16"}, sort_keys=False)
+
+
+ROUND_INT8 = ("quantize_activations", {"format": "int8"})
+FP8, STORED = recipe(WEIGHTS, ACTIVATIONS), recipe(ACTIVATIONS)
+INT8, STORED_INT8 = recipe(("quantize_weights", {"bits": 8}), ROUND_INT8), recipe(ROUND_INT8)
+ZEROS = recipe(("quantize_weights", {"bits": 8, "symmetric": False}), ROUND_INT8)
 CODED = {"cuda.linear_8", "cuda.round", "cuda.norm_round"}
 
 
@@ -98,11 +112,10 @@ def test_stored_blocks_run_as_they_are(plain: Path, tmp_path: Path, monkeypatch:
 def test_every_stored_format_is_served(name: str, plain: Path, tmp_path: Path) -> None:
     """With rounded activations, and weight-only."""
     pair = make_pair(CASES[name], plain, tmp_path)
-    text = STORED.replace("fp8_e4m3", "int8") if "int8" in name else STORED
-    found = lowered(pair.path, text)
+    found = lowered(pair.path, STORED_INT8 if "int8" in name else STORED)
     codes = {n: w.weight.tensor() for n, w in found.weights.items() if n.endswith(".codes")}
     assert ops(found) >= CODED
-    only = lowered(pair.path, "\n".join(line for line in text.splitlines() if "quantize_activations" not in line))
+    only = lowered(pair.path, recipe())
     assert "llmopt.linear_q" in ops(only)
     assert not CODED & ops(only)
     for n, tensor in codes.items():
@@ -110,18 +123,18 @@ def test_every_stored_format_is_served(name: str, plain: Path, tmp_path: Path) -
         assert torch.equal(tensor.view(torch.uint8), again.view(torch.uint8)), n
 
 
-@pytest.mark.parametrize(("recipe", "kind"), [("fp8-cuda", "random"), ("w8a8-cuda", "embedded")])
-def test_the_recipes_compile_the_embedded_model(recipe: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("fp8-cuda", "random"), ("w8a8-cuda", "embedded")])
+def test_the_recipes_compile_the_embedded_model(name: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     samples = f"calibration: {{text: {tmp_path / 'text.txt'}, tokens: 256, window: 64}}\n"
-    text = load_recipe(recipe).text + (samples if recipe == "w8a8-cuda" else "")
+    text = load_recipe(name).text + (samples if name == "w8a8-cuda" else "")
     made = compile_without_compiler(EMBEDDED, tmp_path / "made", WeightsPlan(kind, 7), text)  # type: ignore[arg-type]
     artifact = Artifact.open(made)
     plan, store = LaunchPlan.from_json(artifact.file(plan_file(90)).read_text()), artifact.weight_store()
-    expected = "float8_e4m3fn" if recipe == "fp8-cuda" else "int8"
-    for name, weight in plan.stored(artifact.program).weights.items():
-        assert (store.dtype(name), store.get(name).shape) == (weight.type.dtype, weight.type.shape), name
-        assert weight.type.dtype == expected or not name.endswith(".codes")
+    expected = "float8_e4m3fn" if name == "fp8-cuda" else "int8"
+    for key, weight in plan.stored(artifact.program).weights.items():
+        assert (store.dtype(key), store.get(key).shape) == (weight.type.dtype, weight.type.shape), key
+        assert weight.type.dtype == expected or not key.endswith(".codes")
     head = "lm_head.weight" if "lm_head.weight" in store.names() else "model.embed_tokens.weight"
     assert store.dtype(head) == "bfloat16"
     choices = artifact.manifest.notes["choices"]["sm_90"]["decode 1x1"]["cuda.linear_8"]
