@@ -3,12 +3,8 @@
 
 enum { QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, LENGTHS, LONGEST, COS, SIN, POSITIONS, BIAS, SINKS };
 
-static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
-    (void)op;
-    Attention *a;
-    TRY(allocate(api, sizeof(Attention), (void **)&a));
-    *a = (Attention){.api = api};
-    *kernel = a;
+static OrtStatus *read_attributes(Attention *a, const OrtKernelInfo *info) {
+    const OrtApi *api = a->api;
     TRY(api->KernelInfoGetAttribute_int64(info, "num_heads", &a->heads));
     TRY(api->KernelInfoGetAttribute_int64(info, "kv_num_heads", &a->kv_heads));
     TRY(api->KernelInfoGetAttribute_int64(info, "local_window_size", &a->window));
@@ -23,6 +19,19 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
 static void destroy(void *kernel) {
     Attention *a = kernel;
     release(a->api, a);
+}
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
+    (void)op;
+    Attention *a;
+    TRY(allocate(api, sizeof(Attention), (void **)&a));
+    *a = (Attention){.api = api};
+    OrtStatus *status = read_attributes(a, info);
+    if (status)
+        destroy(a);
+    else
+        *kernel = a;
+    return status;
 }
 
 /* The state as an output: past and present are one buffer when the caller binds both to it, else past is copied. */
