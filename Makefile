@@ -6,6 +6,8 @@ PYTHONS ?= python3 python3.11 python3.12 python3.13
 # Where to look for wheels besides PyPI. On Linux without a GPU, PyPI's torch brings 2 GB of CUDA libraries:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
+# What make test leaves out or is limited to.
+TESTS   ?= not gpu
 EXTRAS  ?= compile,onnxruntime,cuda,cuda-compile,serve,dev
 # What make demo compiles with.
 RECIPE  ?= int4-cpu
@@ -44,7 +46,7 @@ check: $(STAMP) ## Format, lint, types, import contracts, fast tests (about thre
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow and not gpu'
 
 test: $(STAMP) ## Everything that runs without a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m '$(TESTS)'
 
 test-gpu: $(STAMP) ## The tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
