@@ -286,7 +286,7 @@ def test_quantized_linears_build_for_an_older_gpu_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_states_of_codes_build_for_older_gpus(tmp_path: Path) -> None:
     jobs = []
-    for kernel, call in CODED:
+    for kernel, call in (CODED[i] for i in (0, 4, 7, 11)):  # decode and prefill, FP8 and int8
         for arch in (80, 89):
             found = select(kernel, *call, arch=arch)
             if arch == 80 and call[1]["k_state"].dtype == "float8_e4m3fn":
