@@ -36,7 +36,7 @@ demo: $(STAMP) ## Compile the embedded model, show what was done, generate text 
 	$(BIN)/llmopt run build/demo --prompt 'The old house stood' --max-tokens 60 --temperature 0.7 --seed 1
 	$(BIN)/llmopt bench build/demo --prompt-len 64 --gen-len 32
 
-check: $(STAMP) ## Format, lint, types, import contracts, fast tests (about three minutes)
+check: $(STAMP) ## Format, lint, types, import contracts, fast tests (eight minutes on two slow cores)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror targets/onnxruntime/native/*.[ch]
