@@ -14,7 +14,7 @@ from .emit_linear import add_bias
 from .emitter import Emitter, emits
 from .graph import MICROSOFT, NATIVE
 from .pack import container, kernel_block, nibbles, pack_codes, pack_zeros, spread
-from .readers import Array, Derived, Stored, materialize
+from .readers import Array, Derived
 
 NATIVE_BLOCK = 32
 """QuantizedLinear runs blocks of a multiple of this many columns."""
@@ -95,15 +95,18 @@ class Quantized:
         wide = self.spread(scales)
         return np.concatenate((wide * wide.dtype.type(16), wide), axis=1) if self.split else wide
 
-    def zero_points(self) -> Array | None:
-        """Zero points by kernel block; None where MatMulNBits' default, 2^(bits - 1), is meant."""
-        if self.zeros is None:
-            if not self.split and self.logical_bits == self.bits:
-                return None
-            zeros: Array = np.full((self.rows, self.blocks), 1 << (self.logical_bits - 1), np.uint8)
-        else:
-            zeros = self.spread(materialize(self.zeros))
-        return np.concatenate(nibbles(zeros), axis=1) if self.split else zeros
+    @property
+    def default_zeros(self) -> bool:
+        """Whether MatMulNBits' default, 2^(bits - 1), is meant."""
+        return self.zeros is None and not self.split and self.logical_bits == self.bits
+
+    def packed_zeros(self, groups: Array) -> Array:
+        """Packed zero points of some rows, from theirs by group, or from their scales where all are the middle."""
+        middle = 1 << (self.logical_bits - 1)
+        zeros = self.spread(groups if self.zeros is not None else np.full(groups.shape, middle, np.uint8))
+        return pack_zeros(
+            np.concatenate(nibbles(zeros), axis=1) if self.split else zeros, 4 if self.split else self.bits
+        )
 
 
 def quantized(e: Emitter, call: OpCall) -> Quantized:
@@ -151,9 +154,8 @@ def initializers(e: Emitter, weight: Quantized, dtype: str) -> list[str]:
             Derived(weight.scales, scales, lambda rows: weight.spread_scales(rows.astype(np.dtype(dtype)))),
         ),
     ]
-    zeros = weight.zero_points()
-    if zeros is None:
+    if weight.default_zeros:
         return names
-    packed = pack_zeros(zeros, bits)
-    stored = Stored(packed, TensorType(packed.shape, "uint8"))
-    return [*names, e.graph.weight(f"{weight.name}.nbits_zeros", stored)]
+    zeros = TensorType((weight.rows, -(-blocks * bits // 8)), "uint8")
+    derived = Derived(weight.zeros or weight.scales, zeros, weight.packed_zeros)
+    return [*names, e.graph.weight(f"{weight.name}.nbits_zeros", derived)]

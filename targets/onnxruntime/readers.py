@@ -30,18 +30,6 @@ class Derived:
             yield np.ascontiguousarray(self.transform(chunk))
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A small array made at build time."""
-
-    value: Array
-    type: TensorType
-
-    def chunks(self, max_bytes: int) -> Iterator[Array]:
-        """The array, at once: it is small."""
-        yield self.value
-
-
 def row_bytes(type_: TensorType) -> int:
     """Bytes of one row of axis 0."""
     count = dtype_bytes(type_.dtype)
