@@ -26,22 +26,20 @@ class Clock:
 
     def option(self, label: str, weights: Sequence[Weight], site: Site, packed: Packed | None, loss: float) -> Option:
         """A way to store a call's weights: as codes, or as they are."""
-        size = sum(w.nbytes if packed is None else packed.nbytes(w) for w in weights)
         ms, measured = self.ms(site.node, weights, packed)
-        return Option(label, size, loss, ms, measured)
+        return Option(label, stored_bytes(weights, packed), loss, ms, measured)
 
     def ms(self, node: fx.Node, weights: Sequence[Weight], packed: Packed | None = None) -> tuple[float, bool]:
         """Milliseconds of a call, and whether they were measured."""
         if self.bandwidth is None:
             return 0.0, False
-        size = sum(w.nbytes if packed is None else packed.nbytes(w) for w in weights)
         if node.target == LINEAR:
             n, k = weights[0].shape
             bits, group = (None, k) if packed is None else (packed.bits, packed.group)
             us = self.target.linear_us(n, k, str(weights[0].dtype).removeprefix("torch."), bits, group)
             if us is not None:
                 return us / 1e3, True
-        return 1e3 * size * share_read(node) / self.bandwidth, False
+        return 1e3 * stored_bytes(weights, packed) * share_read(node) / self.bandwidth, False
 
     def rest(self, module: Module, function: fx.GraphModule, chosen: set[str]) -> float:
         """Milliseconds of all weights but the chosen ones and tables of which a token reads one row."""
@@ -69,6 +67,11 @@ class Packed:
         """Bytes of a weight's codes, scales and zero points."""
         overhead = 8 * self.scale_dtype.itemsize + (0 if self.symmetric else 8)
         return torch.Size(weight.shape).numel() * (self.bits + overhead / self.group) / 8
+
+
+def stored_bytes(weights: Sequence[Weight], packed: Packed | None) -> float:
+    """Bytes of weights as codes, or as they are."""
+    return sum(w.nbytes if packed is None else packed.nbytes(w) for w in weights)
 
 
 def share_read(node: fx.Node) -> float:
