@@ -4,8 +4,9 @@
     python benchmarks/soak.py build/demo --minutes 10 --append benchmarks/rows/serve/soak.jsonl
 
 Checked: every request ends once and as it must, none hangs, greedy answers never change, memory of both processes is
-flat, /health stays quick, and nothing is held at the end: no request, no sequence, no KV block. ``--kill-engine``
-kills the engine process at the end, with requests in flight: each must hear of it in 2 s, and the server must exit.
+flat (at rest, after warm-up against at the end), /health stays quick, and nothing is held at the end: no request, no
+sequence, no KV block. ``--kill-engine`` kills the engine process at the end, with requests in flight: each must hear of
+it in 2 s, and the server must exit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,16 +34,27 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.soak_requests import KINDS, REFUSALS, Outcome, Soak, one, refusal, streamed
-from benchmarks.soak_watch import Seen, Watcher
+from benchmarks.soak_watch import Seen, Watcher, resident
 from llmopt.loadgen.http import HttpPool, parse_url
 from llmopt.report.machine import commit, cores, processor
 
 WARM = 0.2
 """Share of the run in which memory may still grow."""
 FLAT = 0.03
+QUIET_SECONDS = 4.0
+"""How long memory is looked at while nothing is asked of the server: longer than it keeps the pages of a large body."""
 DEATH_SECONDS = 2.0
 TICK = 0.05
 RIGHT = {"answered", "refused", "shed", "left"}
+PROCESSES = ("api", "engine")
+
+
+@dataclass
+class Rest:
+    """What a server holds while nothing is asked of it: gauges that must all be 0, resident bytes of its processes."""
+
+    held: dict[str, float]
+    memory: list[int]
 
 
 @contextlib.contextmanager
@@ -149,32 +162,34 @@ async def kill_engine(soak: Soak, server: subprocess.Popen[str]) -> list[str]:
     return problems
 
 
-def drift(values: list[int]) -> float:
-    """Relative growth between the median of the first and the last quarter after warm-up."""
-    kept = values[int(len(values) * WARM) :]
-    quarter = max(1, len(kept) // 4)
-    return float(np.median(kept[-quarter:]) / np.median(kept[:quarter]) - 1)
+async def at_rest(pool: HttpPool, pids: tuple[int, ...]) -> Rest:
+    """What the server holds when nothing is asked of it. Memory is the least that was seen in QUIET_SECONDS."""
+    held, memory = await rest(pool), []
+    for _ in range(round(QUIET_SECONDS / TICK)):
+        memory.append([resident(pid) for pid in pids])
+        await asyncio.sleep(TICK)
+    return Rest(held, [min(column) for column in zip(*memory)])
 
 
-def course(values: list[int], points: int = 12) -> list[int]:
+def course(values: Sequence[int], points: int = 12) -> list[int]:
     """Medians of equal parts of a run, in MB: whether memory climbs or has made one step."""
     return [round(float(np.median(part)) / 1e6) for part in np.array_split(values, min(points, len(values)))]
 
 
 def judge(
-    outcomes: list[Outcome], seen: Seen, held: dict[str, float], health_ms: float = 50.0, shared: bool = False
+    outcomes: list[Outcome], seen: Seen, warm: Rest, end: Rest, health_ms: float = 50.0, shared: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
     """(figures, what was wrong). ``shared``: others use this machine, so what a timer is late is added to the bound."""
     ends = Counter(o.ended for o in outcomes)
     problems = [f"{o.kind} {o.ended}: {o.detail}" for o in outcomes if o.ended not in RIGHT]
     p99 = float(np.percentile(seen.health, 99))
-    growth = {name: drift([pair[i] for pair in seen.memory]) for i, name in enumerate(("api", "engine"))}
+    growth = {name: last / first - 1 for name, first, last in zip(PROCESSES, warm.memory, end.memory)}
     problems += [f"/health answered {status}" for status in seen.statuses]
     lag = float(np.percentile(seen.lag, 99))
     if p99 > health_ms + lag * shared:
         problems.append(f"p99 of /health is {p99:.1f} ms, over {health_ms:g} (a timer here is {lag:.1f} ms late)")
     problems += [f"memory of the {n} process grew by {g:.1%}" for n, g in growth.items() if g > FLAT]
-    problems += [f"{name} is {value:g} at the end" for name, value in held.items() if value]
+    problems += [f"{name} is {value:g} at the end" for name, value in end.held.items() if value]
     figures = {
         "requests": len(outcomes),
         "ends": dict(sorted(ends.items())),
@@ -182,9 +197,10 @@ def judge(
         "health_ms_p99": round(p99, 1),
         "timer_late_ms_p99": round(lag, 1),
         "memory_growth": {name: round(g, 4) for name, g in growth.items()},
-        "memory_mb": {name: round(seen.memory[-1][i] / 1e6) for i, name in enumerate(("api", "engine"))},
-        "memory_course_mb": {name: course([m[i] for m in seen.memory]) for i, name in enumerate(("api", "engine"))},
-        "held": held,
+        "memory_mb": {name: round(last / 1e6) for name, last in zip(PROCESSES, end.memory)},
+        "memory_peak_mb": {name: round(max(values) / 1e6) for name, values in zip(PROCESSES, zip(*seen.memory))},
+        "memory_course_mb": {name: course(values) for name, values in zip(PROCESSES, zip(*seen.memory))},
+        "held": end.held,
     }
     return figures, problems
 
@@ -198,12 +214,20 @@ async def soak_server(
     context = int(json.loads(cards)["data"][0]["max_model_len"])
     soak = Soak(pool, context, options.vocab_size, random.Random(options.seed))
     outcomes = [await one(soak, kind) for kind in (*KINDS, *map(refusal, REFUSALS))]
-    watcher = Watcher(pool.address.host, pool.address.port, (server.pid, engine_of(server.pid)))
+    pids = (server.pid, engine_of(server.pid))
+    watcher = Watcher(pool.address.host, pool.address.port, pids)
+    limit = options.minutes * 60
+    first = await run_clients(soak, options.clients, options.requests * WARM, limit * WARM)
+    warm = await at_rest(pool, pids)
     begun = time.monotonic()
-    outcomes += await run_clients(soak, options.clients, options.requests, options.minutes * 60)
+    then = await run_clients(soak, options.clients, options.requests * (1 - WARM), limit * (1 - WARM))
     seconds = time.monotonic() - begun
-    figures, problems = judge(outcomes, watcher.stop(), await rest(pool), options.health_ms, options.shared_machine)
-    figures |= {"seconds": round(seconds, 1), "clients": options.clients, "seed": options.seed}
+    seen = watcher.stop()
+    outcomes += [*first, *then]
+    figures, problems = judge(
+        outcomes, seen, warm, await at_rest(pool, pids), options.health_ms, options.shared_machine
+    )
+    figures |= {"requests_per_second": round(len(then) / seconds, 1), "clients": options.clients, "seed": options.seed}
     if options.kill_engine:
         problems += await kill_engine(soak, server)
     pool.close()
