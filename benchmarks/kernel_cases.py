@@ -21,6 +21,7 @@ from targets.cuda.kernels import (
     gemv,
     gemv_w8a8,
     moe,
+    moe_q,
     norm,
     rotary,
     rounding,
@@ -155,21 +156,31 @@ def attend(function: str, rows: int, n: int, context: int, size: int, kept: str)
 
 
 def mixtures() -> Iterator[Case]:
-    """Experts of a Mixtral and of a Qwen3-MoE at decode batches and in prefill."""
-    for model, (experts, each, c, inner) in {
-        "mixtral-8x7b": (8, 2, 4096, 14336),
-        "qwen3-30b": (128, 8, 2048, 768),
+    """Experts of a Mixtral, a Qwen3-MoE and a gpt-oss at decode batches and in prefill, in bfloat16 and as codes."""
+    for model, (experts, each, c, inner, format, group) in {
+        "mixtral-8x7b": (8, 2, 4096, 14336, "int", 128),
+        "qwen3-30b": (128, 8, 2048, 768, "int", 128),
+        "gpt-oss-20b": (32, 4, 2880, 2880, "mxfp4", 32),
     }.items():
         for rows in (1, 32, 256, 2048):
-            values = {
+            common = {
                 "x": dense("x", "bfloat16", rows, c), "index": dense("index", "int64", rows, each),
-                "weight": dense("share", "bfloat16", rows, each),
-                "gate_up": dense("g", "bfloat16", experts, 2 * inner, c),
-                "down": dense("d", "bfloat16", experts, c, inner), "gate_up_bias": None, "down_bias": None,
-                "activation": "silu",
+                "weight": dense("share", "bfloat16", rows, each), "gate_up_bias": None, "down_bias": None,
+                "activation": "silu" if format == "int" else "swiglu_oai",
             }  # fmt: skip
-            call = site("llmopt.moe_experts", values, (dense("out", "bfloat16", rows, c),), {"T": rows})
+            out = (dense("out", "bfloat16", rows, c),)
+            plain = {"gate_up": dense("g", "bfloat16", experts, 2 * inner, c)}
+            plain |= {"down": dense("d", "bfloat16", experts, c, inner)}
+            call = site("llmopt.moe_experts", {**common, **plain}, out, {"T": rows})
             yield from site_cases(moe.KERNEL, call, model, f"experts {rows}")
+            packed: dict[str, Any] = {"format": format, "bits": 4, "block_n": 1}
+            for stack, n, k in (("gate_up", 2 * inner, c), ("down", c, inner)):
+                packed |= {
+                    f"{stack}_codes": dense("c", "uint8", experts, n, k // 2), f"{stack}_zeros": None,
+                    f"{stack}_scales": dense("s", "bfloat16", experts, k // group, n), f"{stack}_block_k": group,
+                }  # fmt: skip
+            call = site("llmopt.moe_experts_q", {**common, **packed}, out, {"T": rows})
+            yield from site_cases(moe_q.KERNEL, call, model, f"experts {rows} {format}4 g{group}")
 
 
 def small() -> Iterator[Case]:

@@ -5,7 +5,8 @@ first part in its low bits, so that the same bits of a load's elements are a run
 int4, (N, K / 2) bytes: halfwords of four parts, of chunks of 32 bytes of two. int8, (N, K) bytes, the code less 128,
 and FP8: halfwords of two parts, single bytes where no chunk divides K. Halfwords are little-endian. Codes that meet
 codes of activations (see eight_bits.py) stay (N, K): int8, the code less 128, or float8_e4m3fn. Scales and zeros are
-transposed, (K / block_k, N / block_n), so that a tile of outputs reads its scales of a group in one piece.
+transposed, (K / block_k, N / block_n), so that a tile of outputs reads its scales of a group in one piece. MXFP4's
+E2M1 codes are packed as int4's. Of experts each matrix is stored so, one after the other.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from .eight_bits import QUANTIZED, code_calls
 
 Array = npt.NDArray[Any]
 BITS = (4, 8)
-FORMATS = ("int", "fp8_e4m3")
+FORMATS = ("int", "fp8_e4m3", "mxfp4")
+EXPERTS, STACKS = "llmopt.moe_experts_q", ("gate_up", "down")
 CHUNKS = (128, 64, 32)
+MXFP4_GROUP = 32
 
 
 def chunk_of(bits: int, group: int, k: int) -> int:
@@ -47,20 +50,20 @@ def parts_of(bits: int, chunk: int, k: int) -> int:
 
 
 def pack_codes(codes: Array, bits: int, chunk: int, format: str = "int") -> Array:
-    """Codes (n, K) uint8 (or FP8) of some rows as stored: (n, K / 2) or (n, K) uint8."""
-    n, k = codes.shape
+    """Codes (…, K) uint8 (or FP8) of some rows as stored: (…, K / 2) or (…, K) uint8."""
+    *rows, k = codes.shape
     parts = parts_of(bits, chunk, k)
     codes = codes.view(np.uint8)
     if bits == 8 and format == "int":
         codes = codes ^ np.uint8(128)
     if parts == 1:
         return codes
-    pieces = codes.reshape(n, k // chunk, parts, chunk // parts)
+    pieces = codes.reshape(-1, k // chunk, parts, chunk // parts)
     element = np.dtype(f"<u{bits * parts // 8}")
-    joined = np.zeros((n, k // chunk, chunk // parts), element)
+    joined = np.zeros((len(pieces), k // chunk, chunk // parts), element)
     for part in range(parts):
         joined |= pieces[:, :, part].astype(element) << element.type(bits * part)
-    return joined.reshape(n, k // parts).view(np.uint8)
+    return joined.reshape(*rows, k // parts).view(np.uint8)
 
 
 def unpack_codes(packed: Array, bits: int, chunk: int, format: str = "int") -> Array:
@@ -84,9 +87,9 @@ class CodesLayout:
     format: str = "int"
 
     def type(self, plain: TensorType) -> TensorType:
-        """(N, K · bits / 8) uint8."""
-        n, k = plain.shape
-        return TensorType((n, int(k) * self.bits // 8), "uint8")
+        """(…, K · bits / 8) uint8."""
+        *rows, k = plain.shape
+        return TensorType((*rows, int(k) * self.bits // 8), "uint8")
 
     def chunks(self, source: WeightReader, max_bytes: int) -> Iterator[Array]:
         """Rows in order, packed while they are read."""
@@ -114,15 +117,16 @@ class SignedLayout:
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Scales or zeros with their groups first."""
+    """Scales or zeros of a matrix, or of each of a stack, with their groups first."""
 
     def type(self, plain: TensorType) -> TensorType:
-        """(K / block_k, N / block_n)."""
-        return TensorType(plain.shape[::-1], plain.dtype)
+        """(…, K / block_k, N / block_n)."""
+        *stack, n, k = plain.shape
+        return TensorType((*stack, k, n), plain.dtype)
 
     def chunks(self, source: WeightReader, max_bytes: int) -> Iterator[Array]:
         """Rows in order, at most ``max_bytes`` at a time (one row at least); the table is small enough to be held."""
-        table = np.ascontiguousarray(np.concatenate(list(source.chunks(1 << 30))).T)
+        table = np.ascontiguousarray(np.concatenate(list(source.chunks(1 << 30))).swapaxes(-1, -2))
         rows = max(1, max_bytes // table[0].nbytes)
         for start in range(0, len(table), rows):
             yield table[start : start + rows]
@@ -159,6 +163,9 @@ def layouts(program: Program) -> dict[str, Layout]:
         for call in function.calls:
             if call.op == QUANTIZED:
                 found |= call_layouts(call, program, plain)
+            elif call.op == EXPERTS:
+                for stack in STACKS:
+                    found |= call_layouts(replace(call, args=of_stack(call.args, stack)), program, ())
     return found
 
 
@@ -175,6 +182,12 @@ def packed(program: Program, weights: Mapping[str, WeightReader]) -> dict[str, W
     return plain | {name: Packed(weights[name], layout) for name, layout in layouts(program).items()}
 
 
+def of_stack(args: Mapping[str, Any], stack: str) -> dict[str, Any]:
+    """Arguments of a call over experts as a linear's over one of their STACKS."""
+    own = {part: args[f"{stack}_{part}"] for part in ("codes", "scales", "zeros", "block_k", "bias")}
+    return {**args, **own, "g_idx": None}
+
+
 def call_layouts(call: OpCall, program: Program, plain: Collection[str]) -> dict[str, Layout]:
     """How the weights of a quantized linear are packed; ``plain``: codes that meet codes of activations."""
     args = call.args
@@ -185,14 +198,17 @@ def call_layouts(call: OpCall, program: Program, plain: Collection[str]) -> dict
 
     if format not in FORMATS or bits not in BITS or (args["block_n"] != 1 and format == "int"):
         what = f"{format} weights of {bits} bits in blocks of {args['block_n']} rows"
-        raise refuse(what, "it has int weights of 4 and 8 bits, a scale for each row and group of columns, and FP8")
+        hint = "it has int weights of 4 and 8 bits, a scale for each row and group of columns, FP8 and MXFP4"
+        raise refuse(what, hint)
+    if format == "mxfp4" and group != MXFP4_GROUP:
+        raise refuse(f"MXFP4 weights in groups of {group}", f"the format has groups of {MXFP4_GROUP}")
     if args["g_idx"] is not None:
         raise refuse("columns in another order than their groups (g_idx)", "gptq: {static_groups: true}")
     assert isinstance(codes, Ref)
     assert isinstance(bits, int)
     assert isinstance(group, int)
     try:
-        chunk = chunk_of(bits, group, int(program.weights[codes.name].type.shape[1]))
+        chunk = chunk_of(bits, group, int(program.weights[codes.name].type.shape[-1]))
     except ValueError as error:
         raise refuse(str(error), "use a group_size of 32, 64 or 128, or 8 bits") from error
     tables = [arg.name for arg in (args["scales"], args["zeros"]) if isinstance(arg, Ref)]

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from llmopt.frontend import capture, load_checkpoint
 from llmopt.ir.module import Module
 from llmopt.ir.tolerance import row_error
-from tests.architectures import VOCAB, base, make_model
+from tests.architectures import VOCAB, base, make_checkpoint, make_model
 from tests.frontend import packers
 from tests.frontend.running import captured_logits, eager_model
 
@@ -148,3 +148,21 @@ def pair_of(quantized: Path, dequantized: Path) -> Pair:
 def make_pair(case: Case, plain: Path, folder: Path) -> Pair:
     packers.write(plain, folder / "quantized", folder / "values", case.pack, case.config)
     return pair_of(folder / "quantized", folder / "values")
+
+
+def gpt_oss_pair(tmp_path: Path, spoil: Callable[[packers.Tensors], None] = lambda tensors: None) -> Pair:
+    """A gpt-oss whose experts are packed, and the values; ``spoil`` changes the packed tensors."""
+    plain = make_checkpoint("gpt_oss", tmp_path / "plain")
+    tensors = packers.load_file(plain / "model.safetensors")
+    packed, values = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks, exponents, found = packers.mxfp4(weight.transpose(1, 2))
+            packed |= {f"{name}_blocks": blocks, f"{name}_scales": exponents}
+            values[name] = found.transpose(1, 2)
+            del packed[name]
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    spoil(packed)
+    packers.save(packed, plain, tmp_path / "quantized", config)
+    packers.save(values, plain, tmp_path / "values", None)
+    return pair_of(tmp_path / "quantized", tmp_path / "values")

@@ -23,12 +23,11 @@ from tests.frontend.quantized import (
     CASES,
     PERMUTED,
     Case,
-    Pair,
     by_grid,
     fp8_case,
+    gpt_oss_pair,
     gptq_case,
     make_pair,
-    pair_of,
     plain_model,
 )
 from tests.frontend.running import captured_logits
@@ -73,26 +72,8 @@ def check_pieces(module: Module) -> None:
                 assert torch.equal(weight.read(start, stop).float(), whole[start:stop]), name
 
 
-def gpt_oss(tmp_path: Path, spoil: Callable[[packers.Tensors], None] = lambda tensors: None) -> Pair:
-    """A gpt-oss whose experts are packed, and the values; ``spoil`` changes the packed tensors."""
-    plain = make_checkpoint("gpt_oss", tmp_path / "plain")
-    tensors = packers.load_file(plain / "model.safetensors")
-    packed, values = dict(tensors), dict(tensors)
-    for name, weight in tensors.items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            blocks, exponents, found = packers.mxfp4(weight.transpose(1, 2))
-            packed |= {f"{name}_blocks": blocks, f"{name}_scales": exponents}
-            values[name] = found.transpose(1, 2)
-            del packed[name]
-    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    spoil(packed)
-    packers.save(packed, plain, tmp_path / "quantized", config)
-    packers.save(values, plain, tmp_path / "values", None)
-    return pair_of(tmp_path / "quantized", tmp_path / "values")
-
-
 def test_gpt_oss(tmp_path: Path) -> None:
-    pair = gpt_oss(tmp_path)
+    pair = gpt_oss_pair(tmp_path)
     assert count(pair.module(), EXPERTS_Q) == 2
     assert pair.error() <= LIMIT
     with pytest.MonkeyPatch.context() as patch:
@@ -104,10 +85,10 @@ EXPERT = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 def test_gpt_oss_damaged(tmp_path: Path) -> None:
-    pair = gpt_oss(tmp_path / "a", lambda tensors: tensors[f"{EXPERT}_scales"][0, 0, :1].fill_(255))
+    pair = gpt_oss_pair(tmp_path / "a", lambda tensors: tensors[f"{EXPERT}_scales"][0, 0, :1].fill_(255))
     with pytest.raises(CheckpointError, match=f"safetensors: tensor {EXPERT}_scales holds scales that are NaN"):
         captured_logits(pair.module(), pair.ids)
-    pair = gpt_oss(tmp_path / "b", lambda tensors: tensors.__delitem__(f"{EXPERT}_scales"))
+    pair = gpt_oss_pair(tmp_path / "b", lambda tensors: tensors.__delitem__(f"{EXPERT}_scales"))
     with pytest.raises(CheckpointError, match=f"tensor {EXPERT}_scales is missing"):
         pair.module()
 

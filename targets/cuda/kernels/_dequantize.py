@@ -109,6 +109,30 @@ def e4m3_as(type_: str) -> Any:
     )
 
 
+E2M1 = {
+    "bf16": (6, "0x01c001c0", "0x7e807e80", "fma.rn.bf16x2"),
+    "fp16": (9, "0x0e000e00", "0x74007400", "fma.rn.f16x2"),
+}
+"""The same of the three low bits of an E2M1 code (MXFP4): 2^126 or 2^14."""
+
+
+def e2m1_of_bytes(part: int, type_: str) -> Any:
+    """PTX that turns four bytes into their nibbles number ``part``, as E2M1."""
+    shift, mask, factor, fma = E2M1[type_]
+
+    def pair(out: str, bytes_: str) -> str:
+        return (
+            f"prmt.b32 s, t, z, {bytes_};\nshl.b32 u, s, {shift};\nshl.b32 s, s, 12;\n"
+            f"and.b32 u, u, {mask};\nlop3.b32 u, s, 0x80008000, u, 0xea;\n{fma} {out}, u, o, n;"
+        )
+
+    return tl.constexpr(
+        f"{{ .reg .b32 t, u, s, z, o, n;\nshr.u32 t, $2, {4 * part};\nand.b32 t, t, 0x0f0f0f0f;\n"
+        f"mov.b32 z, 0;\nmov.b32 o, {factor};\nmov.b32 n, 0x80008000;\n"
+        f"{pair('$0', '0x4140')}\n{pair('$1', '0x4342')} }}"
+    )
+
+
 HALFWORDS_BF16 = tl.constexpr(tuple(nibbles_of_halfwords(part, "bf16") for part in range(4)))
 HALFWORDS_FP16 = tl.constexpr(tuple(nibbles_of_halfwords(part, "fp16") for part in range(4)))
 BYTES_BF16 = tl.constexpr(tuple(nibbles_of_bytes(part, "bf16") for part in range(2)))
@@ -119,6 +143,37 @@ SIGNED_BF16, SIGNED_FP16 = signed_bytes_as("bf16"), signed_bytes_as("fp16")
 FP8_PAIRS_BF16 = tl.constexpr(tuple(e4m3_of_halfwords(part, "bf16") for part in range(2)))
 FP8_PAIRS_FP16 = tl.constexpr(tuple(e4m3_of_halfwords(part, "fp16") for part in range(2)))
 FP8_BF16, FP8_FP16 = e4m3_as("bf16"), e4m3_as("fp16")
+E2M1_BF16 = tl.constexpr(tuple(e2m1_of_bytes(part, "bf16") for part in range(2)))
+E2M1_FP16 = tl.constexpr(tuple(e2m1_of_bytes(part, "fp16") for part in range(2)))
+
+
+@triton.jit
+def numbers(b, PART: tl.constexpr, BITS: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes number PART, from the low end, of the elements ``b``: integers less 8 or 128, or values of FORMAT."""
+    if FORMAT == "fp8_e4m3":
+        found = fp8_bytes(b, PART, DTYPE)
+    elif FORMAT == "mxfp4":
+        found = e2m1_nibbles(b, PART, DTYPE)
+    elif BITS == 8:
+        found = signed_bytes(b, PART, DTYPE)
+    else:
+        found = nibbles(b, PART, DTYPE)
+    return found
+
+
+@triton.jit
+def e2m1_nibbles(b, PART: tl.constexpr, DTYPE: tl.constexpr):
+    """Nibbles number PART, counted from the low end, of uint8 ``b``, as E2M1."""
+    tl.static_assert(b.dtype == tl.uint8)
+    if INTERPRETED:
+        code = ((b >> (4 * PART)) & 15).to(tl.int32)
+        size = tl.where(code & 6 == 0, 0.5 * (code & 1), (1 + 0.5 * (code & 1)) * ((1 << ((code >> 1) & 3)) // 2))
+        found = tl.where(code >= 8, -size, size).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        found = tl.inline_asm_elementwise(E2M1_BF16[PART], "=r,=r,r", [b], tl.bfloat16, True, 4)
+    else:
+        found = tl.inline_asm_elementwise(E2M1_FP16[PART], "=r,=r,r", [b], tl.float16, True, 4)
+    return found
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Linear layer over int4, int8 or FP8 weights: codes become numbers in registers, scales meet each group's sums."""
+"""Linear layer over weights of 4 and 8 bits: codes become numbers in registers, scales meet each group's sums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..kernel import CallSite, Scratch, Selection, Strided
 from ..pack import chunk_of, parts_of
 from ..tuning import find_linear, linear_form, quantized_form
 from ._common import ACTIVATIONS, SM_COUNT, cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, prefetch
-from ._dequantize import fp8_bytes, nibbles, signed_bytes
+from ._dequantize import numbers
 from ._eight_bits import scheme
 from ._linear import flattened, leave_part, take_parts
 from .gemm import FLOPS, finish
@@ -24,7 +24,7 @@ from .gemm import FLOPS, finish
 def gemm_q(
     x, codes, scales, zeros, bias, norm, residual, out, partial, squares, counter, M,
     N: tl.constexpr, K: tl.constexpr, X_ROW: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, FORMAT: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = x (M, K) · weight (N, K)ᵀ + bias, fp32 sums; weight = (code - zero) · scale, a scale for SHARED rows
@@ -34,10 +34,10 @@ def gemm_q(
     zeros None where symmetric. BK divides GROUP (or covers all of K) and is, of int4, the chunk of the packing. Grid
     (N tiles, M tiles, SPLIT); with SPLIT > 1 the last part to come adds all parts in order. Tiles are computed
     transposed: the weights are the tall side of the tensor core's instruction, rows of x its narrow one. Codes stay
-    integers (less 8 or 128) or FP8 values up to the product, so nothing is rounded there; a zero point is a multiple of
-    the sum of x. With a gate (KIND) the weight holds N / 2 gates above N / 2 ups. ``norm`` (K,), of one row only: x is
-    multiplied by norm + offset, the sum divided by x's root mean square. The first AHEAD bytes of each of the tile's
-    rows go to L2 before the wait for x. Floor: the codes' N · K · BITS / 8 bytes.
+    integers (less 8 or 128) or values of FORMAT up to the product, so nothing is rounded there; a zero point is a
+    multiple of the sum of x. With a gate (KIND) the weight holds N / 2 gates above N / 2 ups. ``norm`` (K,), of one row
+    only: x is multiplied by norm + offset, the sum divided by x's root mean square. The first AHEAD bytes of each of
+    the tile's rows go to L2 before the wait for x. Floor: the codes' N · K · BITS / 8 bytes.
     """
     WIDTH: tl.constexpr = BN if KIND is None else BN // 2
     COLUMNS: tl.constexpr = N if KIND is None else N // 2
@@ -87,7 +87,7 @@ def gemm_q(
                 a = scaled(a, norm, k + h, K, offset)
             if zeros is not None:
                 sums += a.to(tl.float32)
-            part = tl.dot(numbers(b, i, BITS, FP8, a.dtype), tl.trans(a), part)
+            part = tl.dot(numbers(b, i, BITS, FORMAT, a.dtype), tl.trans(a), part)
         acc = add_group(acc, part, sums, scales, zeros, group + row // SHARED, BITS, GROUP == K)
         if KIND is not None:
             part = up if GROUP == K else tl.zeros((WIDTH, BM), tl.float32)
@@ -96,7 +96,7 @@ def gemm_q(
                 a = tl.load(x_at + k) if EVEN else tl.load(x_at + k, mask=k + h < K, other=0.0)
                 if norm is not None:
                     a = scaled(a, norm, k + h, K, offset)
-                part = tl.dot(numbers(u, i, BITS, FP8, a.dtype), tl.trans(a), part)
+                part = tl.dot(numbers(u, i, BITS, FORMAT, a.dtype), tl.trans(a), part)
             up = add_group(up, part, sums, scales, zeros, group + (COLUMNS + row) // SHARED, BITS, GROUP == K)
     if GROUP == K:
         acc *= tl.load(scales + row // SHARED).to(tl.float32)[:, None]
@@ -136,18 +136,6 @@ def scaled(a, norm, k, K: tl.constexpr, offset: tl.constexpr):
 
 
 @triton.jit
-def numbers(b, PART: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """The codes of a part: integers less 8 or 128, or FP8 values."""
-    if FP8:
-        found = fp8_bytes(b, PART, DTYPE)
-    elif BITS == 8:
-        found = signed_bytes(b, PART, DTYPE)
-    else:
-        found = nibbles(b, PART, DTYPE)
-    return found
-
-
-@triton.jit
 def add_group(acc, part, sums, scales, zeros, at, BITS: tl.constexpr, WHOLE: tl.constexpr):
     """A chunk's product with its zero points taken off, scaled and added to acc (WIDTH, BM).
 
@@ -175,14 +163,15 @@ def shape_tiles(m: int, n: int, k: int, bits: int, gated: bool, arch: int) -> di
 
 def as_loaded(codes: Strided, wide: bool) -> Strided:
     """Codes as the elements that the kernel loads: halfwords or bytes."""
-    n, width = codes.shape
-    halfwords = replace(codes, dtype="int16", shape=(n, width // 2), strides=(width // 2, 1))
-    return halfwords if wide else replace(codes, dtype="uint8")
+    if not wide:
+        return replace(codes, dtype="uint8")
+    strides = (*(s // 2 for s in codes.strides[:-1]), 1)
+    return replace(codes, dtype="int16", shape=(*codes.shape[:-1], codes.shape[-1] // 2), strides=strides)
 
 
 @dataclass(frozen=True)
 class GemmQ:
-    """``llmopt.linear_q`` and ``cuda.linear_q`` of int4, int8 and FP8 weights, any number of rows."""
+    """``llmopt.linear_q`` and ``cuda.linear_q`` of weights of 4 and 8 bits, any number of rows."""
 
     name: str = "gemm_q"
     ops: tuple[str, ...] = (QUANTIZED, LINEAR_Q)
@@ -219,7 +208,7 @@ class GemmQ:
         }  # fmt: skip
         constants = {
             "N": n, "K": k, "X_ROW": x.strides[0], "eps": float(v["eps"]), "offset": float(v["offset"]), "KIND": gate,
-            "BITS": bits, "FP8": v["format"] == "fp8_e4m3", "SHARED": v["block_n"], "GROUP": group,
+            "BITS": bits, "FORMAT": v["format"], "SHARED": v["block_n"], "GROUP": group,
             "BM": c["BM"], "BN": c["BN"], "BK": bk, "SPLIT": split, "AHEAD": c["AHEAD"],
         }  # fmt: skip
         moved = nbytes(x, codes, v["scales"], v["zeros"], residual, out)

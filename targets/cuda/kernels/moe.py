@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from ..kernel import CallSite, Scratch, Selection, Strided
+from ..kernel import CallSite, KernelLaunch, Scratch, Selection, Strided
 from ._common import ACTIVATIONS, activation, cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, rows_of
+
+Launches = tuple[KernelLaunch, ...]
 
 
 @triton.jit
@@ -149,10 +152,93 @@ def shape_tiles(pairs: int, experts: int) -> dict[str, int]:
     return {"BM": 64 if each <= 64 else 128, "BN": 64, "BK": 64, "warps": 4 if each <= 64 else 8, "stages": 3}
 
 
-def tuning_key(x: Strided, index: Strided, down: Strided) -> str:
-    """Key of a mixture in the kernel's entries: "bfloat16 rows x choices of experts, width x inner"."""
+def tuning_key(weights: str, index: Strided, down: Strided) -> str:
+    """Key of a mixture in the kernel's entries: "bfloat16 rows x choices of experts, width x inner", of quantized
+    weights with their form for the dtype."""
     experts, width, inner = down.shape
-    return f"{x.dtype} {index.shape[0]}x{index.shape[1]} of {experts} {width}x{inner}"
+    return f"{weights} {index.shape[0]}x{index.shape[1]} of {experts} {width}x{inner}"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A call of experts but for their weights: ``rows`` of ``c`` numbers ``x_row`` apart, ``k`` choices each of
+    ``experts`` experts of ``width`` hidden numbers."""
+
+    x: Strided
+    x_row: int
+    index: Strided
+    share: Strided
+    out: Strided
+    kind: str
+    rows: int
+    k: int
+    experts: int
+    c: int
+    width: int
+
+    @property
+    def pairs(self) -> int:
+        """Of a row and a choice."""
+        return self.rows * self.k
+
+    def launches(self, site: CallSite, tiles: Mapping[str, int], gate_up: Product, down: Product) -> Launches:
+        """Sort the pairs, multiply by both matrices, add each row's parts."""
+        pairs, experts = self.pairs, self.experts
+        count = min(pairs, cdiv(pairs, tiles["BM"]) + min(experts, pairs) - 1)
+        element = "*bf16" if self.x.dtype == "bfloat16" else "*fp16"
+        scratch = {"order": "*i32", "starts": "*i32", "hidden": element, "parts": "*fp32"}
+        order, starts = Scratch("order", 4 * pairs), Scratch("starts", 4 * experts + 4)
+        hidden, parts = Scratch("hidden", 2 * pairs * self.width), Scratch("parts", 4 * pairs * self.c)
+        held = {"order": order, "starts": starts, "hidden": hidden}
+        sizes = {"C": self.c, "WIDTH": self.width, "E": experts, "PE": pow2(experts), "BM": tiles["BM"]}
+        sizes |= {"BN": tiles["BN"]}
+
+        def product(
+            it: Product, columns: int, tensors: Mapping[str, Any], constants: Mapping[str, Any]
+        ) -> KernelLaunch:
+            moved = int(it.bytes * min(experts, pairs) / experts)
+            return launch(
+                site.arch, it.function, (cdiv(columns, tiles["BN"]), count), {**it.tensors, **held, **tensors},
+                {**sizes, **it.constants, **constants}, warps=tiles["warps"], stages=tiles["stages"], moved=moved,
+                scratch=scratch,
+            )  # fmt: skip
+
+        return (
+            launch(
+                site.arch, sort_pairs, (experts,), {"index": self.index, "order": order, "starts": starts},
+                {"P": pairs, "E": experts, "BLOCK": min(1024, max(32, pow2(pairs)))}, scratch=scratch,
+            ),
+            product(gate_up, self.width, {"x": self.x}, {"X_ROW": self.x_row, "K": self.k, "KIND": self.kind}),
+            product(down, self.c, {"share": self.share, "parts": parts}, {}),
+            launch(
+                site.arch, sum_choices, (self.rows, cdiv(self.c, 1024)), {"parts": parts, "out": self.out},
+                {"K": self.k, "C": self.c, "BLOCK": min(1024, pow2(self.c))}, moved=4 * pairs * self.c, scratch=scratch,
+            ),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the two grouped products: its kernel, its weights and constants, and the bytes of all experts' weights."""
+
+    function: Any
+    tensors: Mapping[str, Strided | None]
+    constants: Mapping[str, Any]
+    bytes: int
+
+
+def read_mixture(site: CallSite, down: Strided, weights: Iterable[Strided | None]) -> Mixture | str:
+    """A call whose second matrices are ``down`` (E, C, I), or why these kernels do not serve it."""
+    v: Any = site.values
+    x, index, share, kind = v["x"], v["index"], v["weight"], v["activation"]
+    layout, (out,) = rows_of(x), site.outputs
+    if kind not in (*ACTIVATIONS, "swiglu_oai"):
+        return f"activation {kind}"
+    dense = (index, share, down, v["gate_up_bias"], v["down_bias"], *weights)
+    if layout is None or any(t is not None and not t.contiguous for t in dense) or index.dtype != "int64":
+        return "operands are strided, or the choices are not int64"
+    (rows, k), (experts, c, width) = index.shape, down.shape
+    return Mixture(x, layout[1], index, share, out, kind, rows, k, experts, c, width)
 
 
 @dataclass(frozen=True)
@@ -164,49 +250,19 @@ class Experts:
 
     def select(self, site: CallSite) -> Selection | str:
         v: Any = site.values
-        x, index, share, gate_up, down, (out,) = (
-            *(v[n] for n in ("x", "index", "weight", "gate_up", "down")),
-            site.outputs,
+        gate_up, down = v["gate_up"], v["down"]
+        mixture = read_mixture(site, down, (gate_up,))
+        if isinstance(mixture, str):
+            return mixture
+        tuned = site.tuning.get(self.name, {}).get(tuning_key(v["x"].dtype, v["index"], down))
+        t = dict(tuned) if tuned else shape_tiles(mixture.pairs, mixture.experts)
+        depth = {"BK": t["BK"]}
+        launches = mixture.launches(
+            site,
+            t,
+            Product(gate_up_experts, {"weight": gate_up, "bias": v["gate_up_bias"]}, depth, nbytes(gate_up)),
+            Product(down_experts, {"weight": down, "bias": v["down_bias"]}, depth, nbytes(down)),
         )
-        layout, kind = rows_of(x), v["activation"]
-        if kind not in (*ACTIVATIONS, "swiglu_oai"):
-            return f"activation {kind}"
-        dense = (index, share, gate_up, down, v["gate_up_bias"], v["down_bias"])
-        if layout is None or any(t is not None and not t.contiguous for t in dense) or index.dtype != "int64":
-            return "operands are strided, or the choices are not int64"
-        (experts, c, width), (rows, k) = down.shape, index.shape
-        pairs = rows * k
-        tuned = site.tuning.get(self.name, {}).get(tuning_key(x, index, down))
-        t = dict(tuned) if tuned else shape_tiles(pairs, experts)
-        tiles = min(pairs, cdiv(pairs, t["BM"]) + min(experts, pairs) - 1)
-        order, starts = Scratch("order", 4 * pairs), Scratch("starts", 4 * experts + 4)
-        hidden, parts = Scratch("hidden", 2 * pairs * width), Scratch("parts", 4 * pairs * c)
-        element = "*bf16" if x.dtype == "bfloat16" else "*fp16"
-        kinds = {"order": "*i32", "starts": "*i32", "hidden": element, "parts": "*fp32"}
-        held = {"order": order, "starts": starts}
-        sizes = {"C": c, "WIDTH": width, "E": experts, "PE": pow2(experts), **{n: t[n] for n in ("BM", "BN", "BK")}}
-        touched = min(experts, pairs) / experts
-        options: dict[str, Any] = {"warps": t["warps"], "stages": t["stages"], "scratch": kinds}
-        launches = (
-            launch(
-                site.arch, sort_pairs, (experts,), {"index": index, **held},
-                {"P": pairs, "E": experts, "BLOCK": min(1024, max(32, pow2(pairs)))}, scratch=kinds,
-            ),
-            launch(
-                site.arch, gate_up_experts, (cdiv(width, t["BN"]), tiles),
-                {"x": x, "weight": gate_up, "bias": v["gate_up_bias"], **held, "hidden": hidden},
-                {"X_ROW": layout[1], "K": k, "KIND": kind, **sizes}, moved=int(nbytes(gate_up) * touched), **options,
-            ),
-            launch(
-                site.arch, down_experts, (cdiv(c, t["BN"]), tiles),
-                {"hidden": hidden, "weight": down, "bias": v["down_bias"], "share": share, **held, "parts": parts},
-                sizes, moved=int(nbytes(down) * touched), **options,
-            ),
-            launch(
-                site.arch, sum_choices, (rows, cdiv(c, 1024)), {"parts": parts, "out": out},
-                {"K": k, "C": c, "BLOCK": min(1024, pow2(c))}, moved=4 * pairs * c, scratch=kinds,
-            ),
-        )  # fmt: skip
         moved = sum(item.bytes for item in launches)
         why = f"pairs sorted by expert, tiles of {t['BM']} pairs" + (", tuned" if tuned else "")
         return Selection(launches, why, t.get("us") or modelled_us(moved, site.arch, len(launches)))

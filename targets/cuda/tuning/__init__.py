@@ -39,9 +39,9 @@ def linear_key(dtype: str, m: int, n: int, k: int, form: str = "") -> str:
 
 def quantized_form(values: Mapping[str, Any], k: int) -> str:
     """What stands for the dtype in the key of a quantized linear of k columns: "int4g128", or "int8" with one scale a
-    channel; "fp8" and, by blocks, "fp8g128"; "w8a8-fp8" where the input is rounded too."""
-    fp8, group = values["format"] == "fp8_e4m3", values["block_k"]
-    kind = "fp8" if fp8 else f"int{values['bits']}"
+    channel; "fp8" and, by blocks, "fp8g128"; "mxfp4g32"; "w8a8-fp8" where the input is rounded too."""
+    format, group = values["format"], values["block_k"]
+    kind = {"fp8_e4m3": "fp8", "int": f"int{values['bits']}"}.get(format, format)
     kind = f"w8a8-{kind}" if values.get("round") else kind
     return f"{kind}g{group}" if group < k else kind
 

@@ -18,7 +18,9 @@ from ..build import buckets
 from ..cache import Compiled, CubinCache, Job
 from ..compile import assembler_major, compile_all, compiler_version
 from ..kernel import CallSite, Kernel, KernelLaunch, Scratch, Selection, Strided
+from ..kernels.moe_q import unpacked
 from ..options import CudaOptions
+from ..pack import STACKS, of_stack
 from ..plan import operand, plan_bucket, scratch_name
 from ..select import Selector, discover
 from .bundle import Buffer, Bundle, Entry
@@ -112,6 +114,10 @@ def work_of(kernel: str, site: CallSite, context: int) -> dict[str, Any]:
     if kernel == "moe":
         moved, flops = experts_work(site)
         return {"bytes": moved, "flops": flops, "data": {"index": choices(site)}, "rotating": ("gate_up", "down")}
+    if kernel == "moe_q":
+        moved, flops = quantized_experts_work(site)
+        rotating = ("gate_up_codes", "down_codes")
+        return {"bytes": moved, "flops": flops, "data": {"index": choices(site)}, "rotating": rotating}
     if kernel in CODES:
         moved, flops = quantized_work(site)
         return {"bytes": moved, "flops": flops, "data": bounds(site), "rotating": ("codes",)}
@@ -177,7 +183,8 @@ def attention_work(site: CallSite, data: dict[str, tuple[int, ...]]) -> tuple[in
 
 def choices(site: CallSite) -> tuple[int, ...]:
     """Different experts for each row, evenly spread."""
-    (rows, each), experts = site.values["index"].shape, site.values["down"].shape[0]
+    v = site.values
+    (rows, each), experts = v["index"].shape, v.get("down", v.get("down_codes")).shape[0]
     random = Random(0)
     return tuple(e for _ in range(rows) for e in random.sample(range(experts), each))
 
@@ -187,6 +194,15 @@ def experts_work(site: CallSite) -> tuple[int, int]:
     (_, width, inner), (rows, each) = site.values["down"].shape, site.values["index"].shape
     chosen = len(set(choices(site)))
     return 2 * (3 * chosen * width * inner + 2 * rows * width), 6 * rows * each * width * inner
+
+
+def quantized_experts_work(site: CallSite) -> tuple[int, int]:
+    """The same over quantized weights: codes, scales and zeros."""
+    v, (rows, each) = site.values, site.values["index"].shape
+    experts, width, inner = unpacked(of_stack(v, "down")).shape
+    tables = [of_stack(v, stack)[name] for stack in STACKS for name in ("codes", "scales", "zeros")]
+    stored = sum(prod(t.shape) * dtype_bytes(t.dtype) for t in tables if t is not None)
+    return stored * len(set(choices(site))) // experts + 4 * rows * width, 6 * rows * each * width * inner
 
 
 def quantized_work(site: CallSite) -> tuple[int, int]:

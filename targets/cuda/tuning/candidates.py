@@ -10,6 +10,8 @@ from typing import Any
 from ..kernel import CallSite
 from ..kernels.attention import tuning_key as attention_key
 from ..kernels.moe import tuning_key
+from ..kernels.moe_q import unpacked, width_of
+from ..pack import STACKS, of_stack
 from . import linear_form, linear_key, quantized_form
 
 Config = dict[str, Any]
@@ -169,6 +171,14 @@ def moe(pairs: int, experts: int) -> Iterator[Config]:
         yield {"BM": bm, "BN": bn, "BK": bk, "warps": 8 if bm == 128 or bn == 128 else 4, "stages": stages}
 
 
+def experts_q(pairs: int, experts: int) -> Iterator[Config]:
+    """The same over codes, whose packing fixes the depth of a step."""
+    each = cdiv(pairs, experts)
+    rows = [r for r in (16, 32, 64) if r // 4 <= each or r == 16]
+    for bm, (bn, stages) in product(rows[-2:], ((64, 3), (64, 5), (128, 3), (128, 5))):
+        yield {"BM": bm, "BN": bn, "warps": 8 if bm == 64 or bn == 128 else 4, "stages": stages}
+
+
 def candidates(kernel: str, site: CallSite) -> tuple[str, list[Config]] | None:
     """The key of a call in a kernel's entries and the configurations to time; None for what is not tuned."""
     v = site.values
@@ -187,5 +197,10 @@ def candidates(kernel: str, site: CallSite) -> tuple[str, list[Config]] | None:
         return attention_key(v, decode), list(attention(rows, sequences, decode, size))
     if kernel == "moe":
         rows, choices = v["index"].shape
-        return tuning_key(v["x"], v["index"], v["down"]), list(moe(rows * choices, v["down"].shape[0]))
+        return tuning_key(v["x"].dtype, v["index"], v["down"]), list(moe(rows * choices, v["down"].shape[0]))
+    if kernel == "moe_q":
+        gate_up, down = (of_stack(v, stack) for stack in STACKS)
+        rows, choices = v["index"].shape
+        key = tuning_key(quantized_form(gate_up, width_of(gate_up)), v["index"], unpacked(down))
+        return key, list(experts_q(rows * choices, down["codes"].shape[0]))
     return None

@@ -23,10 +23,20 @@ from llmopt.recipe import load_recipe
 from targets.cuda.build import changed
 from targets.cuda.kernels._common import SM_COUNT
 from targets.cuda.options import CudaOptions
-from targets.cuda.pack import CodesLayout, Packed, SignedLayout, TableLayout, pack_codes, stored, unpack_codes
+from targets.cuda.pack import (
+    EXPERTS,
+    CodesLayout,
+    Packed,
+    SignedLayout,
+    TableLayout,
+    pack_codes,
+    stored,
+    unpack_codes,
+)
 from targets.cuda.select import discover
+from tests.frontend.quantized import gpt_oss_pair
 from tests.targets.cuda.fake_builds import compile_without_compiler
-from tests.targets.cuda.models import Model, interpreted, model, reference
+from tests.targets.cuda.models import Model, interpreted, lowered, model, reference
 from tests.targets.cuda.test_cuda_architectures import logits
 from tests.targets.cuda.test_cuda_plan import TOLERANCE
 from tests.targets.models import worst
@@ -90,6 +100,18 @@ def test_weights_are_packed_while_they_are_read(max_bytes: int) -> None:
     assert np.array_equal(np.concatenate(list(table.chunks(max_bytes))).astype("f4"), scales.float().numpy().T)
 
 
+@pytest.mark.parametrize("max_bytes", [1, 1 << 20])
+def test_each_expert_is_packed_as_one_matrix(max_bytes: int) -> None:
+    codes, scales = torch.randint(0, 16, (3, 5, 64), dtype=torch.uint8), torch.rand(3, 5, 2)
+    read = Packed(Reader(Constant(codes), TensorType((3, 5, 64), "uint8")), CodesLayout(4, 32, "mxfp4"))
+    table = Packed(Reader(Constant(scales), TensorType((3, 5, 2), "float32")), TableLayout())
+    assert (read.type, table.type) == (TensorType((3, 5, 32), "uint8"), TensorType((3, 2, 5), "float32"))
+    found, tables = (np.concatenate(list(packed.chunks(max_bytes))) for packed in (read, table))
+    for expert in range(3):
+        assert np.array_equal(found[expert], pack_codes(codes[expert].numpy(), 4, 32))
+        assert np.array_equal(tables[expert], scales[expert].numpy().T)
+
+
 def call(**args: Any) -> OpCall:
     given = {"codes": Ref("w.codes"), "scales": Ref("w.scales"), "zeros": None, "g_idx": None, "format": "int"}
     return OpCall("llmopt.linear_q", {**given, "bits": 4, "block_n": 1, "block_k": 32, **args}, ("y",), "layers.0.up")
@@ -99,7 +121,7 @@ def call(**args: Any) -> OpCall:
     ("args", "message"),
     [
         ({"bits": 3}, "int weights of 3 bits"),
-        ({"format": "mxfp4"}, "mxfp4 weights of 4 bits"),
+        ({"format": "mxfp4", "block_n": 1, "block_k": 64}, "MXFP4 weights in groups of 64"),
         ({"block_n": 128}, "blocks of 128 rows"),
         ({"g_idx": Ref("w.g_idx")}, "another order than their groups"),
         ({"block_k": 16}, "groups of 16 of 96 columns"),
@@ -152,6 +174,15 @@ def worst_logits(found: Model, scheme: str) -> float:
 def test_a_quantized_model_computes_what_the_reference_computes(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SM_COUNT, 90, 8)
     assert worst_logits(model("llama", text=TEXTS[scheme]), scheme) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_gpt_oss_runs_on_the_codes_it_is_stored_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SM_COUNT, 90, 8)
+    found = lowered(gpt_oss_pair(tmp_path).path)
+    assert sum(call.op == EXPERTS for call in found.program.functions["decode"].calls) == 2
+    expected = logits(reference(found), found.program.vocab_size)
+    assert worst(logits(interpreted(found, discover(), OPTIONS), found.program.vocab_size), expected) <= TOLERANCE
 
 
 @pytest.mark.slow

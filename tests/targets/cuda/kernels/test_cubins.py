@@ -26,6 +26,7 @@ from targets.cuda.kernels import (
     gemv,
     gemv_w8a8,
     moe,
+    moe_q,
     norm,
     rotary,
     rounding,
@@ -141,6 +142,25 @@ def experts(rows: int) -> tuple[str, dict[str, Any], Any, str]:
     return "llmopt.moe_experts", values, (bf16("out", rows, 256),), "decode"
 
 
+def packed_experts(
+    rows: int, bits: int, group: int, format: str, kind: str = "silu"
+) -> tuple[str, dict[str, Any], Any, str]:
+    """Experts over codes, with zero points where the format has them, with biases where it has none."""
+    values: dict[str, Any] = {
+        "x": bf16("x", rows, 256), "index": dense("i", "int64", rows, 2), "weight": bf16("w", rows, 2),
+        "activation": kind, "format": format, "bits": bits, "block_n": 1,
+    }  # fmt: skip
+    for stack, n, k in (("gate_up", 256, 256), ("down", 256, 128)):
+        block = min(group, k)
+        values |= {
+            f"{stack}_codes": dense(f"{stack}c", "uint8", 8, n, k * bits // 8),
+            f"{stack}_scales": bf16(f"{stack}s", 8, k // block, n),
+            f"{stack}_zeros": dense(f"{stack}z", "uint8", 8, k // block, n) if format == "int" else None,
+            f"{stack}_bias": None if format == "int" else bf16(f"{stack}b", 8, n), f"{stack}_block_k": block,
+        }  # fmt: skip
+    return "llmopt.moe_experts_q", values, (bf16("out", rows, 256),), "decode"
+
+
 X = bf16("x", 1, 3, 256)
 NORM = {"x": X, "residual": bf16("r", 1, 3, 256), "weight": bf16("w", 256), "eps": 1e-5}
 LAYER = {"input": X, "normalized_shape": (256,), "weight": bf16("w", 256), "bias": bf16("b", 256), "eps": 1e-5}
@@ -186,6 +206,11 @@ EIGHT_BITS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (rounding.KERNEL, rounded(ROUND, 28672, "fp8_e4m3", x=WIDE)),
 ]
 """Built for every GPU, of FP8 in the tensor cores but sm_80."""
+PACKED_EXPERTS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
+    (moe_q.KERNEL, packed_experts(rows, *form))
+    for rows in (1, 512)
+    for form in ((4, 128, "int"), (8, 256, "int"), (8, 256, "fp8_e4m3"), (4, 32, "mxfp4", "swiglu_oai"))
+]
 CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemv.KERNEL, linear(1, 512, 1024)),
     (gemv.KERNEL, joined(512, 4096, norm=bf16("g", 4096))),
@@ -232,6 +257,7 @@ CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (sample.KERNEL, ("llmopt.sample", DRAW, (dense("reports", "int32", 4, 41),), "decode")),
     (moe.KERNEL, experts(1)),
     (moe.KERNEL, experts(512)),
+    *PACKED_EXPERTS,
 ]  # fmt: skip
 
 

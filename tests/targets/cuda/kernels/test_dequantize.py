@@ -10,6 +10,7 @@ import torch
 
 from targets.cuda.kernels._dequantize import (
     bytes_of_halfwords,
+    e2m1_of_bytes,
     e4m3_as,
     e4m3_of_halfwords,
     nibbles_of_bytes,
@@ -100,8 +101,21 @@ def test_every_fp8(type_: str) -> None:
             assert evaluate(e4m3_of_halfwords(part, type_).value, word, type_) == numbers[part::2]
 
 
+@pytest.mark.parametrize("type_", TYPES)
+def test_every_fp4(type_: str) -> None:
+    sizes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    values = [*sizes, *(-size for size in sizes)]
+    for code in range(256):
+        raw = bytes((code, 255 - code, code ^ 0x5A, (3 * code) & 255))
+        for part in range(2):
+            expected = [values[byte >> 4 * part & 15] for byte in raw]
+            assert evaluate(e2m1_of_bytes(part, type_).value, int.from_bytes(raw, "little"), type_) == expected
+
+
 def test_another_order_of_bytes_is_noticed() -> None:
     wrong = signed_bytes_as("bf16").value.replace("0x4342", "0x4243")
     assert evaluate(wrong, 0x04030201, "bf16") != [1, 2, 3, 4]
     wrong = e4m3_as("bf16").value.replace("0x3424", "0x2434")
     assert evaluate(wrong, 0x38404448, "bf16") != [4, 3, 2, 1]
+    wrong = e2m1_of_bytes(0, "bf16").value.replace("0x7e807e80", "0x7f007f00")
+    assert evaluate(wrong, 0x02020202, "bf16") != [1] * 4

@@ -70,6 +70,20 @@ def experts_site(rows: int, experts: int) -> CallSite:
     return CallSite(call, {}, values, (dense("y", rows, 256),), {"T": rows}, "decode", 90)
 
 
+def quantized_experts_site(rows: int, experts: int) -> CallSite:
+    """The same over int4 codes in groups of 64."""
+    values: dict[str, Any] = {
+        name: value for name, value in experts_site(rows, experts).values.items() if name not in ("gate_up", "down")
+    }
+    for stack, n, k in (("gate_up", 128, 256), ("down", 256, 64)):
+        codes = replace(dense(f"{stack}c", experts, n, k // 2), dtype="uint8")
+        values |= {f"{stack}_codes": codes, f"{stack}_scales": dense(f"{stack}s", experts, k // 64, n)}
+        values |= {f"{stack}_zeros": None, f"{stack}_block_k": 64}
+    values |= {"format": "int", "bits": 4, "block_n": 1}
+    call = OpCall("llmopt.moe_experts_q", {}, ("y",))
+    return CallSite(call, {}, values, (dense("y", rows, 256),), {"T": rows}, "decode", 90)
+
+
 def entry(key: str, config: dict[str, Any], kernel: str = "gemv") -> Entry:
     """An entry with every kind of operand and buffer."""
     args = (Pointer("out"), Scalar("i32", 7), TensorMap("weight", 0, "bfloat16", (8, 8), (16, 2), (8, 8), 128))

@@ -19,6 +19,7 @@ from targets.cuda.kernels import (
     gemv,
     gemv_w8a8,
     moe,
+    moe_q,
 )
 from targets.cuda.options import CudaOptions
 from targets.cuda.tuning.build import entry as describe
@@ -34,6 +35,7 @@ from tests.targets.cuda.tuning.cases import (
     entry,
     experts_site,
     linear_site,
+    quantized_experts_site,
     quantized_site,
 )
 
@@ -78,6 +80,19 @@ def test_experts_are_tried_with_rows_spread_over_them() -> None:
     made = describe(cases[0], ())
     assert made.buffers["index"].dtype == "int64"
     assert {name for name, buffer in made.buffers.items() if buffer.kind == "pool"} == {"gate_up", "down"}
+
+
+def test_quantized_experts_are_tried_over_packed_weights() -> None:
+    cases = list(site_cases(moe_q.KERNEL, quantized_experts_site(64, 8), "mixtral", "layer"))
+    assert len(cases) >= 4
+    assert {case.key for case in cases} == {"int4g64 64x2 of 8 256x64"}
+    assert len({case.selection.launches for case in cases}) == len(cases)
+    assert all(case.selection.reason.endswith("tuned") for case in cases)
+    codes, scales, rows = 8 * (128 * 256 + 256 * 64) // 2, 8 * 2 * (128 * 4 + 256), 64 * 2 * 2 * 256
+    assert {(case.bytes, case.flops) for case in cases} == {(codes + scales + rows, 6 * 64 * 2 * 256 * 64)}
+    made = describe(cases[0], ())
+    pools = {name for name, buffer in made.buffers.items() if buffer.kind == "pool"}
+    assert pools == {"gate_up_codes", "down_codes"}
 
 
 @pytest.mark.parametrize(("m", "gate", "least"), [(1, None, 6), (1, "silu", 6), (32, None, 6), (256, "silu", 3)])
