@@ -21,13 +21,14 @@ STAMP := $(VENV)/.installed
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# Modules are compiled when first imported, not all at once: that takes a minute for files nobody reads.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { \
 	  for p in $(PYTHONS); do \
 	    $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
 	      { echo "making $(VENV) with $$p"; $$p -m venv $(VENV) && exit 0; }; \
 	  done; echo "no Python 3.11 or newer among: $(PYTHONS)" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(STAMP) ## Compile the embedded model, show what was done, generate text from it

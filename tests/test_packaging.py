@@ -68,7 +68,7 @@ class Environment:
         self.bin, self.cwd = folder / "bin", folder
         # A checkout on PYTHONPATH would hide what the wheel lacks.
         self.env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        install = ("-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), f"{wheel}[{extras}]")
+        install = ("-m", "pip", "install", "--quiet", "--no-compile", "-c", str(CONSTRAINTS), f"{wheel}[{extras}]")
         done = self.run("python", *install)
         assert done.returncode == 0, done.stderr[-2000:]
 

@@ -65,6 +65,10 @@ class Quality:
         return self.known[scheme]
 
 
+# What the tests of a model share is computed once, by one worker.
+DENSE, MIXED = (pytest.mark.xdist_group(f"quality of {name}") for name in ("one model", "experts"))
+
+
 @pytest.fixture(scope="module")
 def quality(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Quality:
     return Quality(shared, tmp_path_factory.mktemp("calibration"))
@@ -76,6 +80,7 @@ def experts(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Quality:
 
 
 @pytest.mark.slow
+@MIXED
 @pytest.mark.parametrize("scheme", ["gptq", "awq"])
 def test_experts_are_better_than_rounded_to_nearest(experts: Quality, scheme: str) -> None:
     difference = block_bootstrap(experts.kl(f"experts {scheme}") - experts.kl("experts rounded"), mean)
@@ -84,6 +89,7 @@ def test_experts_are_better_than_rounded_to_nearest(experts: Quality, scheme: st
 
 
 @pytest.mark.slow
+@MIXED
 def test_planted_outliers_of_experts_are_smoothed(experts: Quality) -> None:
     broken, repaired = (experts.kl(f"experts {name}", planted=True).mean() for name in ("W8A8", "smoothed W8A8"))
     assert broken > 0.2
@@ -91,6 +97,7 @@ def test_planted_outliers_of_experts_are_smoothed(experts: Quality) -> None:
 
 
 @pytest.mark.slow
+@DENSE
 @pytest.mark.parametrize("scheme", ["gptq", "awq"])
 def test_better_than_rounding_to_nearest(quality: Quality, scheme: str) -> None:
     difference = block_bootstrap(quality.kl(scheme) - quality.kl("rounded"), mean)
@@ -99,12 +106,14 @@ def test_better_than_rounding_to_nearest(quality: Quality, scheme: str) -> None:
 
 
 @pytest.mark.slow
+@DENSE
 def test_the_comparison_finds_worse_schemes_worse(quality: Quality) -> None:
     difference = block_bootstrap(quality.kl("one scale a channel") - quality.kl("rounded"), mean)
     assert difference.low > 0
 
 
 @pytest.mark.slow
+@DENSE
 def test_chosen_precision_beats_the_uniform_scheme_of_its_size(quality: Quality) -> None:
     uniform = quality.module([("quantize_weights", {"bits": 4, "group_size": 32})])
     size = sum(w.nbytes / (2 if name.endswith(".codes") else 1) for name, w in uniform.weights.items())

@@ -26,9 +26,20 @@ LENGTHS, PROMPTS, CHUNK = (26, 4, 7), (24, 1, 4), 12
 
 def logits(executor: Any, vocab_size: int) -> list[FloatArray]:
     """Of random sequences."""
+    return driven(executor, vocab_size, LENGTHS, PROMPTS, CHUNK)
+
+
+def few_logits(executor: Any, vocab_size: int) -> list[FloatArray]:
+    """The same in five steps, for what length makes no difference to: chunks, and one beside a decode."""
+    return driven(executor, vocab_size, (8, 5), (7, 3), 4)
+
+
+def driven(
+    executor: Any, vocab_size: int, lengths: tuple[int, ...], prompts: tuple[int, ...], chunk: int
+) -> list[FloatArray]:
     random = np.random.default_rng(0)
-    tokens = [random.integers(0, vocab_size, n).astype(np.int64) for n in LENGTHS]
-    return RaggedDriver(executor).logits(tokens, list(PROMPTS), CHUNK)
+    tokens = [random.integers(0, vocab_size, n).astype(np.int64) for n in lengths]
+    return RaggedDriver(executor).logits(tokens, list(prompts), chunk)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ from targets.cuda.select import discover
 from tests.frontend.quantized import gpt_oss_pair
 from tests.targets.cuda.fake_builds import compile_without_compiler
 from tests.targets.cuda.models import Model, interpreted, lowered, model, reference
-from tests.targets.cuda.test_cuda_architectures import logits
+from tests.targets.cuda.test_cuda_architectures import few_logits
 from tests.targets.cuda.test_cuda_plan import TOLERANCE
 from tests.targets.models import worst
 
@@ -166,7 +166,9 @@ def worst_logits(found: Model, scheme: str) -> float:
     """Largest error of the kernels over a model's weights against the reference over the scheme's own."""
     good = model("llama", text=TEXTS[scheme])
     vocab_size = good.program.vocab_size
-    return worst(logits(interpreted(found, discover(), OPTIONS), vocab_size), logits(reference(good), vocab_size))
+    return worst(
+        few_logits(interpreted(found, discover(), OPTIONS), vocab_size), few_logits(reference(good), vocab_size)
+    )
 
 
 @pytest.mark.slow
@@ -181,8 +183,8 @@ def test_a_gpt_oss_runs_on_the_codes_it_is_stored_in(tmp_path: Path, monkeypatch
     monkeypatch.setitem(SM_COUNT, 90, 8)
     found = lowered(gpt_oss_pair(tmp_path).path)
     assert sum(call.op == EXPERTS for call in found.program.functions["decode"].calls) == 2
-    expected = logits(reference(found), found.program.vocab_size)
-    assert worst(logits(interpreted(found, discover(), OPTIONS), found.program.vocab_size), expected) <= TOLERANCE
+    expected = few_logits(reference(found), found.program.vocab_size)
+    assert worst(few_logits(interpreted(found, discover(), OPTIONS), found.program.vocab_size), expected) <= TOLERANCE
 
 
 @pytest.mark.slow

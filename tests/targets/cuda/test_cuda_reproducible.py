@@ -53,11 +53,11 @@ def build(sources: Path, checkpoint: Path, folder: Path, seed: str) -> dict[str,
 
 
 @pytest.mark.slow
-def test_three_builds_are_byte_identical(root: Path, embedded_model: Path, tmp_path: Path) -> None:
+def test_two_builds_are_byte_identical(root: Path, embedded_model: Path, tmp_path: Path) -> None:
     sources = tmp_path / "sources"
     for name in SOURCES:
         shutil.copytree(root / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
-    places = (("here", "1"), ("another/place", "2"), ("yet/another/place/of/other/length", "3"))
-    first, *others = (build(sources, embedded_model, tmp_path / place, seed) for place, seed in places)
+    places = (("here", "1"), ("another/place/of/other/length", "2"))
+    first, second = (build(sources, embedded_model, tmp_path / place, seed) for place, seed in places)
     assert sum(name.endswith(".cubin") for name in first) > 10
-    assert others == [first, first]
+    assert second == first
