@@ -218,7 +218,7 @@ def small() -> Iterator[Case]:
         values = {"weight": dense("weight", "bfloat16", 128256, c), "indices": dense("ids", "int64", 1, rows)}
         call = site("aten.embedding.default", values, (outs[0],), {"T": rows})
         ids = tuple(i * 97 % 128256 for i in range(rows))
-        yield plain("embedding", rows, embedding.KERNEL, call, {"ids": ids})
+        yield plain("embedding", rows, embedding.KERNELS[0], call, {"ids": ids})
 
 
 def plain(what: str, rows: int, kernel: Any, call: CallSite, data: dict[str, tuple[int, ...]] | None = None) -> Case:

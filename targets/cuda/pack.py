@@ -27,6 +27,7 @@ from .eight_bits import QUANTIZED, code_calls
 Array = npt.NDArray[Any]
 BITS = (4, 8)
 FORMATS = ("int", "fp8_e4m3", "mxfp4")
+EMBEDDING = "llmopt.embedding_q"
 EXPERTS, STACKS = "llmopt.moe_experts_q", ("gate_up", "down")
 CHUNKS = (128, 64, 32)
 MXFP4_GROUP = 32
@@ -163,6 +164,8 @@ def layouts(program: Program) -> dict[str, Layout]:
         for call in function.calls:
             if call.op == QUANTIZED:
                 found |= call_layouts(call, program, plain)
+            elif call.op == EMBEDDING:
+                found |= call_layouts(replace(call, args={**call.args, "g_idx": None}), program, plain)
             elif call.op == EXPERTS:
                 for stack in STACKS:
                     found |= call_layouts(replace(call, args=of_stack(call.args, stack)), program, ())

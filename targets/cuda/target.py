@@ -29,6 +29,7 @@ class CudaTarget:
         dtypes=("bfloat16", "float16"),
         quant_bits=BITS,
         quant_experts=True,
+        quant_embeddings=True,
         quant_formats=FORMATS,
         activation_formats=tuple(ACTIVATION_FORMATS),
         kv_formats=("int8", "fp8_e4m3"),

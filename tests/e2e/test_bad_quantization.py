@@ -54,7 +54,6 @@ CHOICES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "bits of a layer": ("cuda", "set_precision: {bits: 2}", ("cuda has no 2-bit weights",)),
     "format": ("onnxruntime", "quantize_weights: {format: fp8_e4m3}", ("onnxruntime has no fp8_e4m3 weights",)),
     "activations": ("onnxruntime", "quantize_activations", ("does not round activations to int8",)),
-    "embeddings": ("cuda", "quantize_weights: {embeddings: true}", ("cuda has no quantized embeddings",)),
     "groups of gptq": ("reference", "gptq: {group_size: 128}", ("group_size 128 does not divide", "layers.0")),
     "groups of awq": ("reference", "awq: {group_size: 128}", ("group_size 128 does not divide", "layers.0")),
     "groups of a layer": (

@@ -52,7 +52,9 @@ TEXTS = {
     "zeros": INT4.replace("group_size: 32", "group_size: 32\n    symmetric: false"),
     "int8": INT8,
     "fp8": FP8,
-    "int8 head": INT4.replace("- rewrite", "- quantize_weights:\n    bits: 8\n    lm_head: true\n- rewrite"),
+    "int8 head and table": INT4.replace(
+        "- rewrite", "- quantize_weights:\n    bits: 8\n    lm_head: true\n    embeddings: true\n- rewrite"
+    ),
 }
 
 

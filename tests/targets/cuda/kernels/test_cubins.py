@@ -161,6 +161,16 @@ def packed_experts(
     return "llmopt.moe_experts_q", values, (bf16("out", rows, 256),), "decode"
 
 
+def packed_table(bits: int, group: int, format: str) -> tuple[str, dict[str, Any], Any, str]:
+    """Rows of a table of codes."""
+    values = {
+        "codes": dense("c", "uint8", 9, 256 * bits // 8), "scales": bf16("s", 256 // group, 9), "zeros": None,
+        "indices": IDS, "format": format, "bits": bits, "block_n": 1, "block_k": group, "dtype": "bfloat16",
+    }  # fmt: skip
+    return "llmopt.embedding_q", values, (X,), "decode"
+
+
+IDS = dense("i", "int64", 1, 3)
 X = bf16("x", 1, 3, 256)
 NORM = {"x": X, "residual": bf16("r", 1, 3, 256), "weight": bf16("w", 256), "eps": 1e-5}
 LAYER = {"input": X, "normalized_shape": (256,), "weight": bf16("w", 256), "bias": bf16("b", 256), "eps": 1e-5}
@@ -246,8 +256,8 @@ CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
                    (X, bf16("total", 1, 3, 256)), "decode")),
     (norm.KERNEL, ("aten.layer_norm.default", LAYER, (X,), "decode")),
     (gate.KERNEL, ("llmopt.gated_activation", {"x": bf16("x", 1, 3, 512), "kind": "gelu_tanh"}, (X,), "decode")),
-    (embedding.KERNEL, ("aten.embedding.default", {"weight": bf16("w", 9, 256), "indices": dense("i", "int64", 1, 3)},
-                        (X,), "decode")),
+    (embedding.KERNELS[0], ("aten.embedding.default", {"weight": bf16("w", 9, 256), "indices": IDS}, (X,), "decode")),
+    *((embedding.KERNELS[1], packed_table(*form)) for form in ((4, 32, "int"), (8, 256, "int"), (8, 256, "fp8_e4m3"))),
     (elementwise.KERNELS[0], ("aten.mul.Tensor", {"self": X, "other": bf16("o", 256)}, (X,), "decode")),
     (elementwise.KERNELS[1], ("aten.to.dtype", {"self": X, "dtype": "float32"},
                               (dense("o", "float32", 1, 3, 256),), "decode")),
