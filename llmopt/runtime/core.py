@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 
 from llmopt.errors import DeadlineError, RequestError
+from llmopt.runtime.allowed import Bitmask
 from llmopt.runtime.clock import Clock, Pace
 from llmopt.runtime.grammar import Constraints, GrammarCompiler
-from llmopt.runtime.late import Bitmask, LateMasks
+from llmopt.runtime.late import LateMasks
 from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.params import GenerationParams, check_params, check_prompt, token_budget
 from llmopt.runtime.plan import Plan
@@ -51,13 +52,13 @@ class Failure:
 
 @dataclass(slots=True)
 class _Request:
-    """``plain``: it has begun and is not constrained, so that a token is all an output says of it."""
+    """``begun``: its first token was drawn; of those in the middle an output says nothing but the token."""
 
     output: list[int]
     budget: int
     stops: frozenset[int]
     scores: PromptScores | None = None
-    plain: bool = False
+    begun: bool = False
 
 
 @dataclass(slots=True)
@@ -94,7 +95,7 @@ class EngineCore:
         self.context = self.scheduler.context
         self.eos_token_ids = frozenset(eos_token_ids)
         self._requests: dict[int, _Request] = {}
-        self.constraints = Constraints(grammars)
+        self.constraints = Constraints(grammars, ahead=self.limits.spare_core)
         self._failures: list[Failure] = []
         self._flight: deque[_Flight] = deque()
         self._early: list[TokenOutput] = []
@@ -223,27 +224,33 @@ class EngineCore:
     def _take(self, plan: Plan, done: StepOutput) -> list[TokenOutput]:
         """Outputs of a step: one for each drawn token whose request has not ended."""
         seq_ids, here = plan.drawn.seq_ids.tolist(), self.scheduler.learn(plan.drawn).tolist()
-        requests, outputs = self._requests, []
-        for seq_id, sampled, alive in zip(seq_ids, _in_order(seq_ids, done), here):
+        requests, drawn, outputs = self._requests, _in_order(seq_ids, done), []
+        refused = self._accept(plan, seq_ids, drawn) if plan.constrained else {}
+        for seq_id, sampled, alive in zip(seq_ids, drawn, here):
             if not alive:
                 continue
             request = requests[seq_id]
             token, output = sampled.token, request.output
+            if seq_id in refused:
+                self._fail(seq_id, refused[seq_id])
+                continue
             if token == NO_TOKEN:
                 self._fail(seq_id, RequestError("no token is allowed", hint="the grammar or the bias forbids all"))
                 continue
             output.append(token)
-            if request.plain and token not in request.stops and len(output) < request.budget:
+            if request.begun and token not in request.stops and len(output) < request.budget:
                 outputs.append(TokenOutput(seq_id, sampled))
-            elif (last := self._take_one(seq_id, request, sampled)) is not None:
-                outputs.append(last)
+            else:
+                outputs.append(self._take_one(seq_id, request, sampled))
         return outputs
 
-    def _take_one(self, seq_id: int, request: _Request, sampled: Sampled) -> TokenOutput | None:
-        """The output of a token that may begin or end its request, or that a grammar goes with."""
-        if (error := self.constraints.accept(seq_id, sampled.token)) is not None:
-            self._fail(seq_id, error)
-            return None
+    def _accept(self, plan: Plan, seq_ids: Sequence[int], drawn: Sequence[Sampled]) -> Mapping[int, RequestError]:
+        """Why sequences cannot go on with what a step drew for them, of those that are constrained."""
+        constrained = frozenset(plan.constrained)
+        return self.constraints.accept({i: s.token for i, s in zip(seq_ids, drawn) if i in constrained})
+
+    def _take_one(self, seq_id: int, request: _Request, sampled: Sampled) -> TokenOutput:
+        """The output of a token that may begin or end its request."""
         reason: FinishReason | None = None
         if sampled.token in request.stops:
             reason = "stop"
@@ -251,7 +258,7 @@ class EngineCore:
             reason = "length"
         output = TokenOutput(seq_id, sampled, reason)
         if len(request.output) == 1:
-            request.plain = seq_id not in self.constraints
+            request.begun = True
             output.cached = self.scheduler.sequences[seq_id].cached
             if request.scores is not None:
                 output.prompt = request.scores.whole()
@@ -261,6 +268,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Free the executor."""
+        self.constraints.close()
         self.executor.close()
 
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from llmopt.errors import RequestError, ResourceError
+from llmopt.runtime.allowed import Bitmask
+from llmopt.runtime.masks import MaskFiller, Masks, State
 from llmopt.runtime.params import Grammar
+from llmopt.runtime.protocol import NO_TOKEN
 from llmopt.runtime.tokenizer import Tokenizer
-
-Bitmask = npt.NDArray[np.uint32]
 
 MAX_SOURCE = 1 << 20
 """Characters of a grammar."""
 KEPT = 256
 """Compiled grammars kept for the next request that asks for the same."""
-ALL = np.uint32(2**32 - 1)
-PARALLEL, MOST_THREADS = 16, 8
-"""Masks from which on several threads fill them, and how many."""
 COMPILE_FUEL = 10_000_000
 """llguidance's measure of the work a grammar may cause when it is compiled: about 0.2 s."""
 
@@ -106,81 +100,59 @@ _NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "
 
 
 class Constraints:
-    """Grammar states of the sequences under way."""
+    """Grammar states of the sequences under way. ``ahead``: whether a thread of its own may fill their masks."""
 
-    def __init__(self, compiler: GrammarCompiler | None) -> None:
-        self.compiler = compiler
-        self._matchers: dict[int, Any] = {}
-        self._threads: Any = None
-
-    def __contains__(self, seq_id: int) -> bool:
-        return seq_id in self._matchers
+    def __init__(self, compiler: GrammarCompiler | None, ahead: bool = False) -> None:
+        self.compiler, self._ahead = compiler, ahead
+        self._states: dict[int, State] = {}
+        self._filler: MaskFiller | None = None
+        self._masks: Masks | None = None
 
     def add(self, seq_id: int, grammar: Grammar) -> None:
         """Constrain a sequence; raises RequestError for a bad grammar, or where there is no tokenizer."""
         if self.compiler is None:
             raise RequestError("this engine has no tokenizer: it cannot constrain its output")
-        self._matchers[seq_id] = self.compiler.compile(grammar)
+        self._states[seq_id] = State(self.compiler.compile(grammar))
 
-    def accept(self, seq_id: int, token: int) -> RequestError | None:
-        """A token was drawn; the reason when the sequence cannot go on (its grammar needs more work than allowed)."""
-        matcher = self._matchers.get(seq_id)
-        if matcher is None or matcher.consume_token(token):
-            return None
-        return RequestError(f"the grammar cannot go on after token {token}: {matcher.get_error()}")
+    def accept(self, tokens: Mapping[int, int]) -> Mapping[int, RequestError]:
+        """Tokens were drawn; the reasons of those sequences that cannot go on.
+
+        A token that the mask allowed is consumed before the next mask. Should that take more work than a grammar may
+        cause, or should a mask, it is the next token that the sequence cannot draw.
+        """
+        refused = {}
+        for seq_id, token in tokens.items():
+            if (state := self._states.get(seq_id)) is None:
+                continue
+            if token == NO_TOKEN:
+                if reason := state.matcher.get_error():
+                    refused[seq_id] = RequestError(f"the grammar cannot go on: {reason}")
+            elif self._masks is not None and self._masks.allow(seq_id, token):
+                state.token = token
+            elif not (state.catch_up() and state.matcher.consume_token(token)):
+                reason = state.matcher.get_error()
+                refused[seq_id] = RequestError(f"the grammar cannot go on after token {token}: {reason}")
+        return refused
 
     def forget(self, seq_id: int) -> None:
         """The sequence has ended; one without a grammar is fine."""
-        self._matchers.pop(seq_id, None)
+        self._states.pop(seq_id, None)
 
     def masks(self, seq_ids: Sequence[int]) -> Mapping[int, Bitmask]:
-        """Masks of the next token of those sequences that have a grammar, all filled when the first one is read.
+        """Masks of the next token of those sequences that have a grammar.
 
         An executor reads them once its forward pass runs: filling them takes host time while the device works.
         """
-        chosen = {seq_id: self._matchers[seq_id] for seq_id in seq_ids if seq_id in self._matchers}
-        return _Masks(chosen, self._fill) if chosen else {}
+        chosen = {seq_id: self._states[seq_id] for seq_id in seq_ids if seq_id in self._states}
+        if not chosen:
+            return {}
+        if self._filler is None:
+            assert self.compiler is not None
+            self._filler = MaskFiller(self.compiler.words, self._ahead)
+        self._masks = self._filler.start(chosen)
+        return self._masks
 
-    def _fill(self, matchers: Sequence[Any]) -> npt.NDArray[np.uint32]:
-        """Masks (n, words), by several threads when there are many."""
-        assert self.compiler is not None
-        masks = np.zeros((len(matchers), self.compiler.words), np.uint32)
-        workers = min(MOST_THREADS, (os.cpu_count() or 1) - 1)
-        if len(matchers) < PARALLEL or workers < 2:
-            first, size = masks.ctypes.data, masks[0].nbytes
-            for i, matcher in enumerate(matchers):
-                matcher.unsafe_compute_mask_ptr(first + i * size, size)
-        else:
-            if self._threads is None:
-                from llguidance import LLExecutor
-
-                self._threads = LLExecutor(workers)
-            numbered = list(zip(matchers, range(len(matchers))))
-            self._threads.unsafe_compute_mask_ptr(numbered, masks.ctypes.data, masks[0].nbytes, len(matchers))
-        filled: list[bool] = np.any(masks, axis=1).tolist()
-        for matcher, mask, some in zip(matchers, masks, filled):
-            if not some or matcher.is_error():
-                mask[:] = ALL  # the token drawn will not be accepted, which ends this request and no other
-        return masks
-
-
-class _Masks(Mapping[int, Bitmask]):
-    """Masks that are filled when one is needed."""
-
-    def __init__(self, matchers: dict[int, Any], fill: Callable[[Sequence[Any]], npt.NDArray[np.uint32]]) -> None:
-        self._matchers, self._fill = matchers, fill
-        self._filled: dict[int, Bitmask] = {}
-
-    def __getitem__(self, seq_id: int) -> Bitmask:
-        if not self._filled:
-            self._filled = dict(zip(self._matchers, self._fill(list(self._matchers.values()))))
-        return self._filled[seq_id]
-
-    def __contains__(self, seq_id: object) -> bool:
-        return seq_id in self._matchers
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._matchers)
-
-    def __len__(self) -> int:
-        return len(self._matchers)
+    def close(self) -> None:
+        """End the thread, if there is one; idempotent."""
+        if self._filler is not None:
+            self._filler.close()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Bitmask = npt.NDArray[np.uint32]
+from llmopt.runtime.allowed import Bitmask
 
 
 class LateMasks(Mapping[int, Bitmask]):

@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.errors import ExecutorError
+from llmopt.runtime.allowed import AllowedTokens, Bitmask, allows
 from llmopt.runtime.philox import uniforms
 from llmopt.runtime.protocol import NO_TOKEN, Admission, FloatArray, IntArray, Sampled, SamplingParams
-
-Bitmask = npt.NDArray[np.uint32]
 
 
 @dataclass(slots=True)
@@ -47,6 +46,7 @@ class HostSampler:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self._rows: dict[int, _Row] = {}
+        self._allowed = AllowedTokens(vocab_size)
 
     def admit(self, admission: Admission) -> None:
         """Start a sequence, or resume one whose ``output`` was drawn before."""
@@ -83,42 +83,35 @@ class HostSampler:
         best = logits.argmax(axis=1)
         if not np.isfinite(logits[np.arange(len(rows)), best]).all():
             raise ExecutorError("the model produced logits that are not finite")
+        found = [masks.get(seq_id) for seq_id in seq_ids] if masks else [None] * len(rows)
         draws = _draws(rows)
         sampled = []
-        for i, (seq_id, row, greedy) in enumerate(zip(seq_ids, rows, best.tolist(), strict=True)):
-            mask = masks.get(seq_id) if masks else None
+        for i, (row, token, mask) in enumerate(zip(rows, best.tolist(), found, strict=True)):
             if row.plain:
-                result = Sampled(greedy if mask is None else _best_allowed(logits[i], greedy, mask))
-                if result.token == NO_TOKEN:
-                    sampled.append(result)
-                    continue
+                if mask is not None and not allows(mask, token):
+                    token = self._allowed.of(mask).best(logits[i])
+                result = Sampled(token)
             else:
-                edited = _edit(row, logits[i], mask)
-                if edited.max() == -np.inf:
-                    sampled.append(Sampled(NO_TOKEN))
-                    continue
-                token = _draw(edited, row.params, draws.get(i, 0.0))
-                result = report(logits[i], token, row.params.logprobs)
-            row.push(result.token)
+                result = self._sample(row, logits[i], mask, draws.get(i, 0.0))
+            if result.token != NO_TOKEN:
+                row.push(result.token)
             sampled.append(result)
         return sampled
+
+    def _sample(self, row: _Row, logits: FloatArray, mask: Bitmask | None, uniform: float) -> Sampled:
+        """What a row that is more than an argmax draws from its logits (V,)."""
+        edited = _edit(row, logits)
+        if mask is not None:
+            edited = self._allowed.of(mask).only(edited)
+        if edited.max() == -np.inf:
+            return Sampled(NO_TOKEN)
+        return report(logits, _draw(edited, row.params, uniform), row.params.logprobs)
 
 
 def _is_plain(params: SamplingParams) -> bool:
     """Whether a row is nothing but an argmax."""
     off = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
     return params.temperature == 0 and off and not params.logit_bias and params.logprobs is None
-
-
-def _best_allowed(x: FloatArray, best: int, mask: Bitmask) -> int:
-    """The best token of logits ``x`` (V,) that the mask allows, NO_TOKEN without any; ``best`` is the best of all."""
-    if mask[best >> 5] >> (best & 31) & 1:
-        return best
-    # Only what is allowed is looked at: often few.
-    ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), count=len(x), bitorder="little").view(bool))
-    left = x[ids]
-    index = int(left.argmax()) if len(ids) else 0
-    return int(ids[index]) if len(ids) and left[index] > -np.inf else NO_TOKEN
 
 
 def _draws(rows: Sequence[_Row]) -> dict[int, float]:
@@ -130,15 +123,13 @@ def _draws(rows: Sequence[_Row]) -> dict[int, float]:
     return dict(zip(random, values.tolist(), strict=True))
 
 
-def _edit(row: _Row, logits: FloatArray, mask: Bitmask | None) -> FloatArray:
-    """A copy of the logits (V,) with penalties, bias and mask applied."""
+def _edit(row: _Row, logits: FloatArray) -> FloatArray:
+    """A copy of the logits (V,) with penalties and bias applied."""
     x, params = logits.astype(np.float32), row.params
     if row.counts or len(row.prompt):
         _penalize(x, row)
     for token, bias in params.logit_bias.items():
         x[token] += bias
-    if mask is not None:
-        x[np.unpackbits(mask.view(np.uint8), count=len(x), bitorder="little") == 0] = -np.inf
     return x
 
 

@@ -22,6 +22,7 @@ from llmopt.launch import (
 )
 from llmopt.program import Function, Program, StateGroup, StatePlan, StateSpec
 from llmopt.runtime import sampler as sampler_module
+from llmopt.runtime.allowed import AllowedTokens
 from llmopt.runtime.executors.cuda.backend import Result, Tail
 from llmopt.runtime.executors.cuda.drawing import RECORD, has_penalties
 from llmopt.runtime.executors.cuda.executor import CudaExecutor
@@ -162,7 +163,9 @@ class Formula:
         if not has_penalties(params):
             row.counts, row.prompt = Counter(), np.zeros(0, np.int64)
         mask = None if mask_row < 0 or self.forgets == "masks" else tail.masks[mask_row]
-        edited = sampler_module._edit(row, logits, mask)
+        edited = sampler_module._edit(row, logits)
+        if mask is not None:
+            edited = AllowedTokens(VOCAB).of(mask).only(edited)
         if edited.max() == -np.inf:
             return NO_TOKEN, 0
         token = sampler_module._draw(edited, params, sampler_module._draws([row]).get(0, 0.0))

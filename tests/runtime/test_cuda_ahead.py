@@ -41,19 +41,18 @@ class Thirds:
     def __init__(self) -> None:
         self.drawn: dict[int, list[int]] = {}
 
-    def __contains__(self, seq_id: object) -> bool:
-        return seq_id in self.drawn
-
     def add(self, seq_id: int, grammar: Grammar) -> None:
         self.drawn[seq_id] = []
 
-    def accept(self, seq_id: int, token: int) -> RequestError | None:
-        if seq_id not in self.drawn:
-            return None
-        before = self.drawn[seq_id]
-        good = token % 3 == (sum(before) + len(before)) % 3
-        before.append(token)
-        return None if good else RequestError(f"token {token} is not of the third allowed")
+    def accept(self, tokens: Mapping[int, int]) -> Mapping[int, RequestError]:
+        refused = {}
+        for seq_id, token in tokens.items():
+            if (before := self.drawn.get(seq_id)) is None:
+                continue
+            if token % 3 != (sum(before) + len(before)) % 3:
+                refused[seq_id] = RequestError(f"token {token} is not of the third allowed")
+            before.append(token)
+        return refused
 
     def forget(self, seq_id: int) -> None:
         self.drawn.pop(seq_id, None)

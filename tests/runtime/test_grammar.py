@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from llmopt.errors import RequestError
 from llmopt.runtime.core import EngineCore
 from llmopt.runtime.grammar import Constraints, GrammarCompiler
 from llmopt.runtime.params import GenerationParams, Grammar
-from llmopt.runtime.protocol import ExecutorLimits, SamplingParams
+from llmopt.runtime.protocol import NO_TOKEN, ExecutorLimits, SamplingParams
 from llmopt.runtime.tokenizer import Tokenizer
 from tests.runtime.fake import FakeExecutor, oracle, plan_of
 
@@ -220,3 +221,103 @@ def test_compiled_grammars_are_kept(compiler):
     first.consume_tokens(compiler._tokens.tokenize_str("123"))
     assert first.is_stopped()
     assert not second.is_stopped()
+
+
+HANDED = replace(ExecutorLimits(CONTEXT, 8, 64, {"paged0": 120}, VOCAB), spare_core=True)
+
+
+def test_a_thread_fills_the_same_masks(compiler):
+    """Six sequences, enough for the thread; tokens as without it, and nothing is left running."""
+    requests = [([5 + i, 9], params([SCHEMA_GRAMMAR, DIGITS][i % 2], seed=i, temperature=i % 3)) for i in range(6)]
+    core = EngineCore(FakeExecutor(PLAN, HANDED), EOS, compiler)
+    assert run(core, requests) == run(core_of(compiler), requests)
+    assert any(thread.name == "masks" for thread in threading.enumerate())
+    core.close()
+    core.close()
+    for thread in threading.enumerate():
+        if thread.name == "masks":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_an_executor_that_ignores_masks_is_found_out_at_its_first_wrong_token(compiler):
+    """Also while a thread still fills them: a token that no mask allows is never consumed, nor handed out."""
+    core = EngineCore(FakeExecutor(PLAN, HANDED), EOS, compiler)
+    submit = core.executor.submit
+    core.executor.submit = lambda batch: submit(replace(batch, masks={}))
+    ids = [core.add([5 + i], params(DIGITS, seed=i)) for i in range(5)]
+    ended, tokens = [], {i: [] for i in ids}
+    while core.has_work:
+        for output in core.step():
+            tokens[output.request_id].append(output.sampled.token)
+        ended += core.failures()
+    assert sorted(f.request_id for f in ended) == ids
+    assert all("the grammar cannot go on after token" in str(f.error) for f in ended)
+    for found in tokens.values():
+        assert re.fullmatch("[0-9]{0,3}", compiler._source.decode(found))
+    core.close()
+
+
+@pytest.mark.parametrize("cores", [2, 5])
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_masks_follow_the_accepted_tokens(compiler, monkeypatch, cores, count, ahead):
+    """Against a matcher that consumes every token at once; a sequence may also miss a step or two."""
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    rng, constraints = np.random.default_rng(count), Constraints(compiler, ahead)
+    plain = {seq_id: compiler.compile(SCHEMA_GRAMMAR) for seq_id in range(count)}
+    for seq_id in plain:
+        constraints.add(seq_id, SCHEMA_GRAMMAR)
+    for _ in range(12):
+        some = [seq_id for seq_id in plain if count == 1 or rng.random() < 0.8]
+        masks, tokens = constraints.masks(some), {}
+        for seq_id in some:
+            mask = masks[seq_id]
+            expected = np.zeros_like(mask)
+            plain[seq_id].unsafe_compute_mask_ptr(expected.ctypes.data, expected.nbytes)
+            assert np.array_equal(mask, expected)
+            tokens[seq_id] = int(rng.choice(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))))
+        assert not constraints.accept(tokens)
+        for seq_id, token in tokens.items():
+            assert plain[seq_id].consume_token(token)
+            if token in EOS:
+                constraints.forget(seq_id)
+        plain = {seq_id: matcher for seq_id, matcher in plain.items() if tokens.get(seq_id) not in EOS}
+    constraints.close()
+
+
+@pytest.mark.parametrize("cores", [2, 5])
+def test_a_grammar_that_fails_between_two_tokens_allows_nothing(compiler, monkeypatch, cores):
+    """llguidance then allows the end of the text, which would look finished."""
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    constraints = Constraints(compiler)
+    for seq_id in range(20):
+        constraints.add(seq_id, DIGITS)
+    constraints._states[7].token = 5  # as if a token could not be consumed
+    masks = constraints.masks(range(20))
+    assert [seq_id for seq_id in range(20) if not masks[seq_id].any()] == [7]
+    refused = constraints.accept({7: NO_TOKEN})
+    assert "the grammar cannot go on: " in str(refused[7])
+
+
+def test_masks_that_nobody_read_are_not_those_of_the_next_step(compiler):
+    constraints = Constraints(compiler, ahead=True)
+    for seq_id in range(10):
+        constraints.add(seq_id, SCHEMA_GRAMMAR if seq_id < 5 else DIGITS)
+    constraints.masks(range(5))
+    later = constraints.masks(range(5, 10))
+    assert np.array_equal(later[5], constraints.masks([6])[6])
+    assert not constraints.accept(
+        {6: int(np.flatnonzero(np.unpackbits(later[6].view(np.uint8), bitorder="little"))[0])}
+    )
+    constraints.close()
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_by_the_reader(compiler):
+    constraints = Constraints(compiler, ahead=True)
+    for seq_id in range(5):
+        constraints.add(seq_id, DIGITS)
+    constraints._states[3].token = "none"
+    with pytest.raises(TypeError):
+        constraints.masks(range(5))[3]
+    constraints.close()

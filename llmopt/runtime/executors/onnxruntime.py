@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +69,7 @@ class OnnxruntimeExecutor:
             blocks={group.name: self.states.slots},
             vocab_size=program.vocab_size,
             rope_switch=program.rope_switch,
+            spare_core=spares_core(options),
             ranged=True,
         )
         self.sampler = HostSampler(program.vocab_size)
@@ -117,6 +119,12 @@ class OnnxruntimeExecutor:
         logits = self.context.run(call, rows)
         self.states.wrote(call.slots, call.ends)
         return split(logits, [row.seq_id for row in call.rows], [len(w) for w in wanted])
+
+
+def spares_core(options: LoadOptions) -> bool:
+    """Whether onnxruntime's threads, which spin while they wait, leave a core of this machine to others."""
+    cores = os.cpu_count() or 1
+    return cores > 1 if options.device != "cpu" else 0 < options.threads < cores
 
 
 def split(logits: FloatArray, seq_ids: Sequence[int], counts: Sequence[int]) -> dict[int, FloatArray]:
