@@ -21,7 +21,7 @@ ERRORS = {
     "400": "The request is wrong",
     "401": "The API key is missing or wrong",
     "404": "No such model",
-    "413": "The body is too large",
+    "413": "The body is too large, or the text to tokenize",
     "429": "Too many requests wait",
     "503": "The engine is dead",
 }

@@ -10,8 +10,11 @@ from llmopt.serve.answer import Model
 from llmopt.serve.errors import ApiError
 from llmopt.serve.fields import MAX_MESSAGES, MAX_TOOLS, Many, Strict, Tool
 from llmopt.serve.messages import Message
-from llmopt.serve.prompts import chat_prompt
+from llmopt.serve.prompts import HEAD, chat_prompt
 from llmopt.serve.requests import ChatRequest, parse_strictly
+
+MAX_TEXT = 1 << 20
+"""Characters that may be tokenized whatever the context is: 155 MiB while it happens."""
 
 
 class TokenizeRequest(Strict):
@@ -42,13 +45,24 @@ def tokenize(body: Any, model: Model) -> dict[str, Any]:
         chat = ChatRequest(
             messages=request.messages, tools=request.tools, chat_template_kwargs=request.chat_template_kwargs
         )
-        ids = model.tokenizer.encode(chat_prompt(chat, model.chat, model.tools), special=False)
+        text = _checked(chat_prompt(chat, model.chat, model.tools), model.engine.context, "messages")
+        ids = model.tokenizer.encode(text, special=False)
     else:
-        ids = model.tokenizer.encode(request.prompt or "", special=request.add_special_tokens)
+        text = _checked(request.prompt or "", model.engine.context, "prompt")
+        ids = model.tokenizer.encode(text, special=request.add_special_tokens)
     found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.engine.context}
     if request.return_token_strs:
         found["token_strs"] = [model.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
     return found
+
+
+def _checked(text: str, context: int, param: str) -> str:
+    """The text. Raises ApiError when its tokens would take the server more memory than a prompt that fits may."""
+    most = max(MAX_TEXT, HEAD * context)
+    if len(text) > most:
+        what = f"the text has {len(text)} characters, /tokenize takes {most} at most"
+        raise ApiError(what, param=param, code="text_too_long", status=413)
+    return text
 
 
 def detokenize(body: Any, model: Model) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,9 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from llmopt.errors import ConfigError, ExecutorError
 from llmopt.runtime.core import TokenOutput
 from llmopt.runtime.protocol import Sampled
+from llmopt.serve.errors import ApiError
 from llmopt.serve.health import Canary, DeepHealth
 from llmopt.serve.metrics import FIRST_TOKEN, Buckets
 from llmopt.serve.security import load_keys
+from llmopt.serve.tokens import tokenize
 from tests.serve.conftest import CLIENT, until
 
 BODY = {"prompt": "Hi", "temperature": 0, "max_tokens": 5}
@@ -165,6 +168,28 @@ def test_tokens(server, tokenizer):
         response = post(server, body, path)
         assert response.status_code == 400
         assert what in response.json()["error"]["message"]
+
+
+def test_a_text_too_long_to_tokenize_is_refused_before_it_is(server):
+    most = 1 << 20
+    assert post(server, {"prompt": "a" * most}, "/tokenize").status_code == 200
+    for body, param, count in (
+        ({"prompt": "a" * (most + 1)}, "prompt", most + 1),
+        ({"messages": [{"role": "user", "content": "a" * most}]}, "messages", most + len("<|user|>\n<|assistant|>")),
+    ):
+        response = post(server, body, "/tokenize")
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (413, "text_too_long", param)
+        assert f"{count} characters" in error["message"]
+
+
+def test_a_long_context_may_be_tokenized_whole():
+    model = SimpleNamespace(
+        engine=SimpleNamespace(context=1 << 17), tokenizer=SimpleNamespace(encode=lambda *_, **__: [])
+    )
+    assert tokenize({"prompt": "a" * (1 << 21)}, model)["count"] == 0
+    with pytest.raises(ApiError, match="/tokenize takes 2097152 at most"):
+        tokenize({"prompt": "a" * ((1 << 21) + 1)}, model)
 
 
 class Source:
