@@ -170,8 +170,8 @@ class ExecutorLimits:
     """What an executor was loaded for. ``blocks``: blocks available by state group.
 
     ``steps_in_flight``: 1 when every step must be collected before the next is submitted, 2 when the host may run
-    one step ahead. ``spare_core``: ``submit`` computes without the interpreter and leaves the host a core meanwhile.
-    ``ranged``: calls cover a range of blocks, so that sequences with one block each should be close.
+    one step ahead. ``ranged``: calls cover a range of blocks, so that sequences with one block each should be close.
+    ``spare_core``: ``submit`` computes without the interpreter and leaves the host a core meanwhile.
     """
 
     max_context: int
@@ -181,8 +181,8 @@ class ExecutorLimits:
     vocab_size: int
     rope_switch: int | None = None
     steps_in_flight: int = 1
-    spare_core: bool = False
     ranged: bool = False
+    spare_core: bool = False
 
 
 class Executor(Protocol):

@@ -29,7 +29,7 @@ def make(
 ):
     """An engine core over a fake executor and a virtual clock (``core.clock``). ``blocks``: by group, in order."""
     counts = {g.name: blocks[i] for i, g in enumerate(plan.groups)}
-    limits = ExecutorLimits(context, sequences, step, counts, VOCAB, switch, depth, ranged)
+    limits = ExecutorLimits(context, sequences, step, counts, VOCAB, switch, depth, ranged=ranged)
     return EngineCore(executor(plan, limits), eos, options=options or SchedulerOptions(), clock=VirtualClock())
 
 
