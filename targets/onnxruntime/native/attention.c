@@ -62,14 +62,26 @@ AVX2_INLINE __m256 score_eight(const float *q, const float *keys, int64_t k, int
     return add_lanes(sums);
 }
 
+/* Ask for some more lines of the block after the one at hand. */
+AVX2_INLINE void ask(Next *next) {
+    for (int64_t i = 0; i < next->step && next->left > 0; i++, next->left--) {
+        _mm_prefetch(next->keys, _MM_HINT_T1);
+        _mm_prefetch(next->values, _MM_HINT_T1);
+        next->keys += LINE;
+        next->values += LINE;
+    }
+}
+
 /* Scores of a block of keys from `start`, -inf where the query may not look; returns the largest. */
-AVX2_INLINE float score_block(const Pass *p, const Query *query, const float *keys, int64_t start, float *scores) {
+AVX2_INLINE float score_block(const Pass *p, const Query *query, const float *keys, int64_t start, float *scores,
+                              Next *next) {
     const float softcap = p->a->softcap;
     const __m256 scale = _mm256_set1_ps(p->a->scale), none = _mm256_set1_ps(-__builtin_inff());
     __m256 largest = none;
     for (int64_t j = 0; j < KEYS; j += 8) {
         const int64_t k = start + j;
         __m256 s = none;
+        ask(next);
         if (k <= query->last && k + 8 > query->first) {
             s = _mm256_mul_ps(score_eight(query->q, keys, k, query->last, p->width), scale);
             if (softcap > 0) s = soft_cap(s, softcap);
@@ -101,10 +113,11 @@ AVX2_INLINE void add_values(const float *weights, const float *values, int64_t c
 }
 
 /* Take a block of keys from `start` into a query's running softmax and weighted sum. */
-AVX2_INLINE void take_block(const Pass *p, Query *query, const float *keys, const float *values, int64_t start) {
+AVX2_INLINE void take_block(const Pass *p, Query *query, const float *keys, const float *values, int64_t start,
+                            Next *next) {
     const int64_t width = p->width;
     float weights[KEYS], total[8];
-    const float best = score_block(p, query, keys, start, weights), top = best > query->top ? best : query->top;
+    const float best = score_block(p, query, keys, start, weights, next), top = best > query->top ? best : query->top;
     const float keep = exponential(query->top - top);
     __m256 sum = _mm256_setzero_ps();
     for (int j = 0; j < KEYS; j += 8) {
@@ -138,6 +151,13 @@ AVX2_INLINE void begin_query(const Pass *p, Query *query, int64_t batch, int64_t
     for (int64_t d = 0; d < p->width; d++) query->out[d] = 0;
 }
 
+/* The lines of the block of keys at `start`, of which the last is `high`. */
+AVX2_INLINE Next next_block(const Pass *p, int64_t state, int64_t start, int64_t high) {
+    const int64_t at = state + start * p->width, rows = high < start ? 0 : high - start + 1;
+    const int64_t bytes = (rows < KEYS ? rows : KEYS) * p->width * (int64_t)sizeof(float);
+    return (Next){(const char *)(p->keys + at), (const char *)(p->values + at), (bytes + LINE - 1) / LINE, 0};
+}
+
 /* Rows first to end of one sequence, for the query heads that share a key head, MAX_QUERIES at a time. */
 AVX2_INLINE void attend(const Pass *p, int64_t batch, int64_t head, int64_t first, int64_t end) {
     Query queries[MAX_QUERIES];
@@ -152,10 +172,15 @@ AVX2_INLINE void attend(const Pass *p, int64_t batch, int64_t head, int64_t firs
             low = query->first < low ? query->first : low;
             high = query->last > high ? query->last : high;
         }
-        for (int64_t start = low / KEYS * KEYS; start <= high; start += KEYS)
-            for (int64_t i = 0; i < count; i++)
+        for (int64_t start = low / KEYS * KEYS; start <= high; start += KEYS) {
+            Next next = next_block(p, state, start + KEYS, high);
+            const int64_t step = count > 1 ? next.left / (count - 1) / (KEYS / 8) + 1 : 0;
+            for (int64_t i = 0; i < count; i++) {
+                next.step = i ? step : 0; /* the first query waits for this block itself */
                 if (start <= queries[i].last && start + KEYS > queries[i].first)
-                    take_block(p, &queries[i], p->keys + state, p->values + state, start);
+                    take_block(p, &queries[i], p->keys + state, p->values + state, start, &next);
+            }
+        }
         for (int64_t i = 0; i < count; i++)
             for (int64_t d = 0; d < p->width; d++) queries[i].to[d] = queries[i].out[d] / queries[i].sum;
     }

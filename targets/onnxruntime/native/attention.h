@@ -4,7 +4,7 @@
 
 #include "operator.h"
 
-enum { KEYS = 32, MAX_QUERIES = 8, MAX_WIDTH = 256 };
+enum { KEYS = 32, MAX_QUERIES = 8, MAX_WIDTH = 256, LINE = 64 };
 
 /* The operator's attributes. */
 typedef struct Attention {
@@ -28,6 +28,12 @@ typedef struct Query {
     float q[MAX_WIDTH], out[MAX_WIDTH], top, sum, *to;
     int64_t first, last;
 } Query;
+
+/* Lines of the next block of keys and of values left to ask for, `step` with each eight keys of the block at hand. */
+typedef struct Next {
+    const char *keys, *values;
+    int64_t left, step;
+} Next;
 
 OrtStatus *run_pass(const OrtApi *api, const OrtContext *context, Pass *p, int64_t batch);
 
