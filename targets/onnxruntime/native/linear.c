@@ -17,7 +17,7 @@
 
 #include "operator.h"
 
-enum { AHEAD = 1536, LANES = 8, BLOCK = 32, ROWS = 4, ITEM_TILES = 8, CHUNK = 32 };
+enum { AHEAD = 1536, LANES = 8, BLOCK = 32, ROWS = 4, ITEM_TILES = 8, CHUNK = 32, ALONE = 1 << 15 };
 enum { X, CODES, SCALES, ZEROS };
 
 typedef struct Linear {
@@ -75,32 +75,51 @@ static void pack_groups(const Linear *w, const float *scales, const uint8_t *zer
             }
 }
 
-/* x (32 columns, fewer at the end of a row) as codes and their scale; returns their sum. */
-AVX2_INLINE int32_t round_block(const float *x, int64_t count, int8_t *codes, float *scale) {
-    float values[BLOCK], largest = 0;
-    for (int i = 0; i < BLOCK; i++) values[i] = i < count ? x[i] : 0;
-    for (int i = 0; i < BLOCK; i++) {
-        const float size = __builtin_fabsf(values[i]);
-        largest = size > largest || size != size ? size : largest; /* a NaN stays */
+/* The largest of eight unsigned numbers below 2^31. */
+AVX2_INLINE int32_t largest_lane(__m256i v) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
+
+AVX2_INLINE int32_t add_lanes(__m256i v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+/* x (32 columns) as codes and their scale; returns the sum of the codes. Sizes are compared as integers, whose order
+ * is theirs and where a NaN is the largest; its codes are 0 and its scale stays NaN. */
+AVX2_INLINE int32_t round_block(const float *x, int8_t *codes, float *scale) {
+    __m256i sizes = _mm256_setzero_si256(), byte[4];
+    for (int i = 0; i < 4; i++) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *)x + i);
+        sizes = _mm256_max_epi32(sizes, _mm256_and_si256(bits, _mm256_set1_epi32(INT32_MAX)));
     }
-    const float inverse = largest == 0 ? 0 : 127.0f / largest;
-    int32_t total = 0;
-    for (int i = 0; i < BLOCK; i++) {
-        const int32_t code = _mm_cvtss_si32(_mm_set_ss(values[i] * inverse));
-        codes[i] = (int8_t)code;
-        total += codes[i];
+    const float largest = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest_lane(sizes))));
+    const __m256 inverse = _mm256_set1_ps(largest == 0 ? 0 : 127.0f / largest);
+    for (int i = 0; i < 4; i++) {
+        const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
+        byte[i] = _mm256_and_si256(code, _mm256_set1_epi32(255));
     }
+    const __m256i mixed =
+        _mm256_packus_epi16(_mm256_packus_epi32(byte[0], byte[1]), _mm256_packus_epi32(byte[2], byte[3]));
+    const __m256i all = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)codes, all);
     *scale = largest / 127.0f;
-    return total;
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), all);
+    return add_lanes(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 AVX2 static void round_row(void *data, size_t row) {
     const Call *c = data;
     const int64_t blocks = c->w->blocks, k = c->w->k;
     for (int64_t b = 0; b < blocks; b++) {
-        const int64_t at = (int64_t)row * blocks + b;
+        const int64_t at = (int64_t)row * blocks + b, count = k - b * BLOCK;
         const float *x = c->x + (int64_t)row * k + b * BLOCK;
-        c->sums[at] = round_block(x, k - b * BLOCK, c->codes + at * BLOCK, c->scales + at);
+        float edge[BLOCK] = {0};
+        for (int64_t i = 0; count < BLOCK && i < count; i++) edge[i] = x[i];
+        c->sums[at] = round_block(count < BLOCK ? edge : x, c->codes + at * BLOCK, c->scales + at);
         c->starts[at] = (-4 * c->sums[at] & 0xffff) * 0x10001;
     }
 }
@@ -310,7 +329,7 @@ static OrtStatus *compute(void *kernel, OrtContext *context) {
     call.sums = (int32_t *)(call.scales + blocks);
     call.starts = call.sums + blocks;
     OrtStatus *status = NULL;
-    if (call.rows < ROWS)
+    if (call.rows * w->k <= ALONE) /* cheaper than to wait for other threads */
         for (int64_t row = 0; row < call.rows; row++) round_row(&call, (size_t)row);
     else
         status = api->KernelContext_ParallelFor(context, round_row, (size_t)call.rows, 0, &call);
