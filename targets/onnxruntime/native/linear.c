@@ -17,7 +17,7 @@
 
 #include "operator.h"
 
-enum { AHEAD = 1536, LANES = 8, BLOCK = 32, ROWS = 4, ITEM_TILES = 8, CHUNK = 32, ALONE = 1 << 15 };
+enum { AHEAD = 8192, LANES = 8, BLOCK = 32, ROWS = 8, HALF = ROWS / 2, ITEM_TILES = 8, CHUNK = 32, ALONE = 1 << 15 };
 enum { X, CODES, SCALES, ZEROS };
 
 typedef struct Linear {
@@ -124,26 +124,31 @@ AVX2 static void round_row(void *data, size_t row) {
     }
 }
 
-/* Integer products of a tile of 4-bit codes with `rows` rows of x, 32 columns of each, from `starts`. */
+/* Integer products of a tile of 4-bit codes with `rows` rows of x, 32 columns of each, from `starts`. The codes of all
+ * rows stay in eight registers. */
 AVX2_INLINE void multiply_4(const uint8_t *tile, const int8_t *x, int64_t stride, int rows, __m256i *starts) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256i sums[ROWS];
-    for (int r = 0; r < rows; r++) sums[r] = _mm256_setzero_si256();
+    __m256i low[4], high[4];
     for (int p = 0; p < 4; p++) {
         const __m256i both = _mm256_loadu_si256((const __m256i *)(tile + p * 32));
-        const __m256i low = _mm256_and_si256(both, nibble), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-        for (int r = 0; r < rows; r++) {
-            const int32_t *four = (const int32_t *)(x + r * stride) + p;
-            starts[r] = _mm256_add_epi16(starts[r], _mm256_maddubs_epi16(low, _mm256_set1_epi32(four[0])));
-            sums[r] = _mm256_add_epi16(sums[r], _mm256_maddubs_epi16(high, _mm256_set1_epi32(four[4])));
-        }
+        low[p] = _mm256_and_si256(both, nibble);
+        high[p] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
     }
-    for (int r = 0; r < rows; r++) starts[r] = _mm256_madd_epi16(_mm256_add_epi16(starts[r], sums[r]), ones);
+    for (int r = 0; r < rows; r++) {
+        const int32_t *four = (const int32_t *)(x + r * stride);
+        __m256i sum = starts[r], other = _mm256_setzero_si256();
+        for (int p = 0; p < 4; p++) {
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(low[p], _mm256_set1_epi32(four[p])));
+            other = _mm256_add_epi16(other, _mm256_maddubs_epi16(high[p], _mm256_set1_epi32(four[p + 4])));
+        }
+        starts[r] = _mm256_madd_epi16(_mm256_add_epi16(sum, other), ones);
+    }
 }
 
 /* The same for 8-bit codes less 128. */
 AVX2_INLINE void multiply_8(const uint8_t *tile, const int8_t *x, int64_t stride, int rows, __m256i *starts) {
     const __m256i ones = _mm256_set1_epi16(1);
+#pragma clang loop unroll(full)
     for (int p = 0; p < 8; p++) {
         const __m256i code = _mm256_loadu_si256((const __m256i *)(tile + p * 32)), size = _mm256_abs_epi8(code);
         for (int r = 0; r < rows; r++) {
@@ -165,10 +170,13 @@ AVX2_INLINE void tile_rows(const Call *c, int64_t tile, int64_t row, int rows, i
     const int8_t *x = c->codes + row * blocks * BLOCK;
     __m256 sums[ROWS];
     for (int r = 0; r < rows; r++) sums[r] = _mm256_setzero_ps();
+    const int64_t ahead = blocks < AHEAD / size ? blocks : AHEAD / size; /* the next tile, or what fits beside this */
     int64_t left = w->group_blocks;
     for (int64_t b = 0; b < blocks; b++, codes += size, x += BLOCK) {
         __m256i product[ROWS];
-        for (int64_t line = 0; line < size; line += 64) _mm_prefetch((const char *)codes + AHEAD + line, _MM_HINT_T0);
+        for (int64_t line = 0; line < size; line += 64)
+            _mm_prefetch((const char *)codes + ahead * size + line, _MM_HINT_T0);
+        _mm_prefetch((const char *)(scales + ahead / w->group_blocks * LANES), _MM_HINT_T0);
         for (int r = 0; r < rows; r++) {
             const int64_t at = (row + r) * blocks + b;
             product[r] = wide || has_zeros ? _mm256_setzero_si256() : _mm256_set1_epi32(c->starts[at]);
@@ -229,11 +237,14 @@ AVX2 static void tile_at(const Call *c, int64_t tile, int64_t row, int64_t rows)
         case 3:
             tile_form(c, tile, row, 3, to, stride);
             break;
+        case HALF:
+            tile_form(c, tile, row, HALF, to, stride);
+            break;
         default:
             tile_form(c, tile, row, ROWS, to, stride);
     }
     if (whole >= LANES) return;
-    for (int64_t r = 0; r < rows && r < ROWS; r++)
+    for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < whole; i++) out[r * n + i] = edge[r * LANES + i];
 }
 
@@ -245,8 +256,10 @@ AVX2 static void multiply_item(void *data, size_t item) {
     for (int64_t chunk = 0; chunk < c->rows; chunk += CHUNK) {
         const int64_t stop = chunk + CHUNK < c->rows ? chunk + CHUNK : c->rows;
         for (int64_t tile = first; tile < last; tile++)
-            for (int64_t row = chunk; row < stop; row += ROWS)
-                tile_at(c, tile, row, stop - row < ROWS ? stop - row : ROWS);
+            for (int64_t row = chunk, rows; row < stop; row += rows) {
+                rows = stop - row >= ROWS ? ROWS : stop - row >= HALF ? HALF : stop - row;
+                tile_at(c, tile, row, rows);
+            }
     }
 }
 
