@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmopt.program import Arg, OpCall, Ref
 
 from .emitter import Emitter, emits
-from .graph import MICROSOFT
+from .graph import MICROSOFT, NATIVE
 
 UNARY = {
     "abs": "Abs", "ceil": "Ceil", "cos": "Cos", "erf": "Erf", "exp": "Exp", "floor": "Floor", "log": "Log",
@@ -174,8 +174,11 @@ def activation(e: Emitter, call: OpCall) -> None:
 
 @emits("llmopt.gated_activation")
 def gated_activation(e: Emitter, call: OpCall) -> None:
-    """``act(first half) * second half`` of the last axis."""
+    """``act(first half) * second half`` of the last axis; GatedSilu where it is that."""
     source, kind = call.args["x"], call.args["kind"]
+    if e.native and kind == "silu" and e.out(call).dtype == "float32":
+        e.set(call, e.graph.node("GatedSilu", e.ref(source), domain=NATIVE))
+        return
     width = e.out(call).shape[-1]
     gate, up = e.graph.nodes_out("Split", (e.ref(source), e.graph.const([width, width])), 2, axis=-1)
     e.set(call, e.graph.node("Mul", activate(e, gate, str(kind)), up))

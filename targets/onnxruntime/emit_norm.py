@@ -7,7 +7,7 @@ import numpy as np
 from llmopt.program import Arg, OpCall, Ref, TensorType
 
 from .emitter import Emitter, emits
-from .graph import MICROSOFT
+from .graph import MICROSOFT, NATIVE
 from .readers import Derived
 
 
@@ -40,10 +40,13 @@ def rms(e: Emitter, call: OpCall, x: str) -> str:
 
 @emits("llmopt.add_rms_norm")
 def add_rms_norm(e: Emitter, call: OpCall) -> None:
-    """SkipSimplifiedLayerNormalization; its fourth output is the sum."""
+    """AddRmsNorm, or SkipSimplifiedLayerNormalization, whose fourth output is the sum."""
     out, args = e.out(call), call.args
     scale = gamma(e, args["weight"], args["offset"], int(out.shape[-1]), out.dtype)
     inputs = (e.operand(args["x"], out.dtype), e.operand(args["residual"], out.dtype), scale)
+    if e.native and out.dtype == "float32" and e.shape(args["x"]) == e.shape(args["residual"]):
+        e.set(call, *e.graph.nodes_out("AddRmsNorm", inputs, 2, domain=NATIVE, epsilon=float(args["eps"])))  # type: ignore[arg-type]
+        return
     e.set(call, *skip(e, "SkipSimplifiedLayerNormalization", inputs, args["eps"]))
 
 

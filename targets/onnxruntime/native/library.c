@@ -40,6 +40,35 @@ void release(const OrtApi *api, void *data) {
     if (data && !api->GetAllocatorWithDefaultOptions(&allocator)) api->AllocatorFree(allocator, data);
 }
 
+int64_t row_count(const Tensor *tensor) {
+    int64_t rows = 1;
+    for (size_t i = 0; i + 1 < tensor->rank; i++) rows *= tensor->dims[i];
+    return rows;
+}
+
+int same_shape(const Tensor *a, const Tensor *b) {
+    int same = a->rank == b->rank;
+    for (size_t i = 0; same && i < a->rank; i++) same = a->dims[i] == b->dims[i];
+    return same;
+}
+
+OrtStatus *each_row(const OrtApi *api, const OrtContext *context, void (*body)(void *, size_t), int64_t rows,
+                    int64_t work, void *data) {
+    enum { ALONE = 1 << 15 }; /* floats that take less time than waking other threads and waiting for them */
+    if (rows * work > ALONE) return api->KernelContext_ParallelFor(context, body, (size_t)rows, 0, data);
+    for (int64_t row = 0; row < rows; row++) body(data, (size_t)row);
+    return NULL;
+}
+
+OrtStatus *create_plain(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
+    (void)op, (void)info;
+    TRY(allocate(api, sizeof(api), kernel));
+    *(const OrtApi **)*kernel = api;
+    return NULL;
+}
+
+void destroy_plain(void *kernel) { release(*(const OrtApi **)kernel, kernel); }
+
 static const char *name_of(const OrtCustomOp *op) { return ((const Operator *)op)->name; }
 static const char *provider(const OrtCustomOp *op) {
     (void)op;
@@ -98,14 +127,15 @@ int llmopt_supported(void) {
 /* Called by onnxruntime when a session registers this library. */
 OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
     static OrtDomain *domain;
+    OrtCustomOp *const operators[] = {&quantized_linear.abi, &cached_attention.abi, &gated_silu.abi, &add_rms_norm.abi};
     const OrtApi *api = base->GetApi(ORT_VERSION);
     if (!domain) {
-        complete(&quantized_linear.abi);
-        complete(&cached_attention.abi);
         OrtDomain *made;
         TRY(api->CreateCustomOpDomain("llmopt", &made));
-        TRY(api->CustomOpDomain_Add(made, &quantized_linear.abi));
-        TRY(api->CustomOpDomain_Add(made, &cached_attention.abi));
+        for (size_t i = 0; i < sizeof(operators) / sizeof(*operators); i++) {
+            complete(operators[i]);
+            TRY(api->CustomOpDomain_Add(made, operators[i]));
+        }
         domain = made;
     }
     return api->AddCustomOpDomain(options, domain);

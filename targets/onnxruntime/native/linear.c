@@ -17,7 +17,7 @@
 
 #include "operator.h"
 
-enum { AHEAD = 8192, LANES = 8, BLOCK = 32, ROWS = 8, HALF = ROWS / 2, ITEM_TILES = 8, CHUNK = 32, ALONE = 1 << 15 };
+enum { AHEAD = 8192, LANES = 8, BLOCK = 32, ROWS = 8, HALF = ROWS / 2, ITEM_TILES = 8, CHUNK = 32 };
 enum { X, CODES, SCALES, ZEROS };
 
 typedef struct Linear {
@@ -330,8 +330,7 @@ static OrtStatus *compute(void *kernel, OrtContext *context) {
     TRY(read_input(api, context, X, &x));
     if (!x.rank || x.dims[x.rank - 1] != w->k)
         return api->CreateStatus(ORT_FAIL, "QuantizedLinear: the input's last dimension is not K");
-    Call call = {.w = w, .x = x.data, .rows = 1};
-    for (size_t i = 0; i + 1 < x.rank; i++) call.rows *= x.dims[i];
+    Call call = {.w = w, .x = x.data, .rows = row_count(&x)};
     x.dims[x.rank - 1] = w->n;
     TRY(make_output(api, context, 0, &x, (void **)&call.y));
     if (!call.rows) return NULL;
@@ -341,11 +340,7 @@ static OrtStatus *compute(void *kernel, OrtContext *context) {
     call.scales = (float *)(call.codes + blocks * BLOCK);
     call.sums = (int32_t *)(call.scales + blocks);
     call.starts = call.sums + blocks;
-    OrtStatus *status = NULL;
-    if (call.rows * w->k <= ALONE) /* cheaper than to wait for other threads */
-        for (int64_t row = 0; row < call.rows; row++) round_row(&call, (size_t)row);
-    else
-        status = api->KernelContext_ParallelFor(context, round_row, (size_t)call.rows, 0, &call);
+    OrtStatus *status = each_row(api, context, round_row, call.rows, w->k, &call);
     const size_t items = (size_t)((w->tiles + ITEM_TILES - 1) / ITEM_TILES);
     if (!status) status = api->KernelContext_ParallelFor(context, multiply_item, items, 0, &call);
     release(api, scratch);

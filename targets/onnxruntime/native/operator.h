@@ -1,4 +1,4 @@
-/* What both operators share: reading inputs, attributes and shapes, and passing errors on. */
+/* What the operators share: reading inputs, attributes and shapes, rows in parallel, and passing errors on. */
 #pragma once
 #include "ort_abi.h"
 
@@ -34,4 +34,17 @@ OrtStatus *make_output(const OrtApi *api, OrtContext *context, size_t index, con
 OrtStatus *allocate(const OrtApi *api, size_t size, void **data);
 void release(const OrtApi *api, void *data);
 
-extern Operator quantized_linear, cached_attention;
+/* Rows of a tensor: the product of all dimensions but the last. */
+int64_t row_count(const Tensor *tensor);
+
+int same_shape(const Tensor *a, const Tensor *b);
+
+/* body(data, row) for each of `rows` rows of `work` floats; few are left to the calling thread. */
+OrtStatus *each_row(const OrtApi *api, const OrtContext *context, void (*body)(void *, size_t), int64_t rows,
+                    int64_t work, void *data);
+
+/* Creation of an operator without attributes: its kernel is a pointer to the API. */
+OrtStatus *create_plain(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel);
+void destroy_plain(void *kernel);
+
+extern Operator quantized_linear, cached_attention, gated_silu, add_rms_norm;
