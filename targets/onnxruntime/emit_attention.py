@@ -104,6 +104,11 @@ def by_sequence(e: Emitter, name: str, width: int | None) -> str:
     return e.graph.node("Reshape", source, shape)
 
 
+def as_given(e: Emitter, name: str, width: int | None) -> str:
+    """Rows as they are: CachedAttention takes the number of sequences from their lengths."""
+    return name
+
+
 @emits("llmopt.cached_attention")
 def cached_attention(e: Emitter, call: OpCall) -> None:
     """GroupQueryAttention where it can, else standard operators. The first reader of a state does its write."""
@@ -166,16 +171,17 @@ def grouped(e: Emitter, call: OpCall, write: Write) -> bool:
     dtype = e.type(args["q"]).dtype
     tables = rotation(e, args["q"], write, head, dtype)
     packed = packed_rows(e, (query_of(e, args["q"], write), write.k, write.v)) if tables or write.cos is None else None
+    native = e.native and dtype == "float32" and head <= NATIVE_WIDTH
+    shaped = as_given if native else by_sequence
     if packed:
-        data = [by_sequence(e, packed, (int(heads) + 2 * kv_heads) * head), "", ""]
+        data = [shaped(e, packed, (int(heads) + 2 * kv_heads) * head), "", ""]
     else:
         data = [
-            by_sequence(e, n, int(h) * head)
-            for n, h in zip(separate(e, call, write, tables), (heads, kv_heads, kv_heads))
+            shaped(e, n, int(h) * head) for n, h in zip(separate(e, call, write, tables), (heads, kv_heads, kv_heads))
         ]
     window, sinks = int(args["window"]), e.optional(args["sinks"])  # type: ignore[arg-type]
     cos, sin = tables or ("", "")
-    positions = by_sequence(e, e.ref(Ref("position_ids")), None) if tables else ""
+    positions = shaped(e, e.ref(Ref("position_ids")), None) if tables else ""
     tail = (SEQUENCE_LENGTHS, LONGEST, cos, sin, positions, "", sinks)
     last = max(i for i, name in enumerate(tail) if name) + 1
     k_final, v_final = write.call.outputs[-2:]
@@ -189,7 +195,9 @@ def grouped(e: Emitter, call: OpCall, write: Write) -> bool:
         "rotary_interleaved": int(bool(tables and write.interleaved)),
     }
     op, domain = "CachedAttention", NATIVE
-    if not e.native or dtype != "float32" or head > NATIVE_WIDTH:
+    if native:
+        e.shapes[names[0]] = (1, length, int(heads) * head)
+    else:
         op, domain = "GroupQueryAttention", MICROSOFT
         attributes = {k: v or None for k, v in attributes.items()} | {"do_rotary": int(bool(tables))}
     inputs = (*data, e.ref(write.k_state), e.ref(write.v_state), *tail[:last])

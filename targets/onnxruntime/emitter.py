@@ -31,7 +31,8 @@ class Emitter:
 
     ``tables`` describes the rotary tables the executor is to bind, ``rounds_activations`` says that a quantized
     linear may quantize its input. ``native`` allows the operators of native/. ``base`` maps a reshaped ONNX value to
-    what it reshapes: a reshape of a reshape needs the first one no more.
+    what it reshapes: a reshape of a reshape needs the first one no more. ``shapes``: ONNX values whose shape is not that
+    of the program's value; a reshape back to it is none.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Emitter:
         self.values: dict[str, str] = {}
         self.producer: dict[str, OpCall] = {}
         self.base: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int | str, ...]] = {}
         self.tables: dict[str, dict[str, Any]] = {}
         self.rounds_activations = False
 
@@ -154,6 +156,8 @@ class Emitter:
     def reshape(self, name: str, shape: Sequence[Any]) -> str:
         """``name`` reshaped; skips a reshape it follows."""
         source = self.base.get(name, name)
+        if self.shapes.get(source) == tuple(shape):
+            return source
         result = self.graph.node("Reshape", source, self.dims(shape))
         self.base[result] = source
         return result

@@ -2,8 +2,9 @@
  *
  * Inputs: query (B, S, H D), or (B, S, (H + 2 Hk) D) with key and value absent; key, value (B, S, Hk D); past keys and
  * values (B, Hk, C, D); lengths less one (B,) int32; their maximum (unused); cos and sin tables (rows, F) or none;
- * positions (B, S) int64; unused; sinks (H,) or none. Outputs: (B, S, H D) and the states with the S new rows behind
- * each sequence's past, in place where past and present are one buffer. Slots past a sequence's length are not read.
+ * positions (B, S) int64; unused; sinks (H,) or none. Rows may as well come as (1, B S, ·): B is that of the lengths.
+ * Outputs: the query's shape with H D columns, and the states with the S new rows behind each sequence's past, in place
+ * where past and present are one buffer. Slots past a sequence's length are not read.
  *
  * Every key and value is read once for all the heads that share it. Keys go by blocks of 32 that begin at multiples of
  * 32 with a running softmax, so a row's result does not depend on its batch or on how a prompt was cut into chunks.

@@ -47,7 +47,10 @@ static OrtStatus *present(const OrtApi *api, OrtContext *context, size_t index, 
 static OrtStatus *fill(Pass *p, const Tensor *in, const OrtApi *api) {
     const Attention *a = p->a;
     const int packed = in[KEY].data == NULL;
-    p->rows = in[QUERY].dims[1];
+    const int64_t batch = in[LENGTHS].dims[0], all = row_count(&in[QUERY]);
+    if (batch <= 0 || all % batch)
+        return api->CreateStatus(ORT_FAIL, "CachedAttention: every sequence must have as many rows");
+    p->rows = all / batch;
     p->width = in[PAST_KEY].dims[3];
     p->capacity = in[PAST_KEY].dims[2];
     p->query_stride = in[QUERY].dims[2];
@@ -65,7 +68,7 @@ static OrtStatus *fill(Pass *p, const Tensor *in, const OrtApi *api) {
     p->rotary = p->cos ? in[COS].dims[1] : 0;
     p->positions = in[POSITIONS].data;
     p->sinks = in[SINKS].data;
-    for (int64_t b = 0; b < in[QUERY].dims[0]; b++)
+    for (int64_t b = 0; b < batch; b++)
         if (p->lengths[b] + 1 < p->rows || p->lengths[b] >= p->capacity)
             return api->CreateStatus(ORT_FAIL, "CachedAttention: a length outside its state");
     return NULL;
@@ -78,11 +81,11 @@ static OrtStatus *compute(void *kernel, OrtContext *context) {
     Pass p = {.a = a};
     for (size_t i = 0; i < MAX_INPUTS; i++) TRY(read_input(api, context, i, &in[i]));
     TRY(fill(&p, in, api));
-    Tensor shape = {.dims = {in[QUERY].dims[0], p.rows, a->heads * p.width}, .rank = 3};
+    Tensor shape = {.dims = {in[QUERY].dims[0], in[QUERY].dims[1], a->heads * p.width}, .rank = 3};
     TRY(make_output(api, context, 0, &shape, (void **)&p.out));
     TRY(present(api, context, 1, &in[PAST_KEY], &p.keys));
     TRY(present(api, context, 2, &in[PAST_VALUE], &p.values));
-    return p.rows ? run_pass(api, context, &p, in[QUERY].dims[0]) : NULL;
+    return p.rows ? run_pass(api, context, &p, in[LENGTHS].dims[0]) : NULL;
 }
 
 Operator cached_attention = {
