@@ -11,11 +11,11 @@ typedef struct Gate {
     int64_t width;
 } Gate;
 
-/* a / (1 + exp(-a)) * b; a NaN stays. */
+/* a / (1 + exp(-a)) * b, by exp(-|a|), which cannot overflow; a NaN stays. */
 AVX2_INLINE __m256 gated(__m256 a, __m256 b) {
-    const __m256 limit = _mm256_set1_ps(88), minus = _mm256_sub_ps(_mm256_setzero_ps(), a);
-    const __m256 below = _mm256_add_ps(_mm256_set1_ps(1), exponentials(_mm256_min_ps(limit, minus)));
-    return _mm256_mul_ps(_mm256_div_ps(a, below), b);
+    const __m256 one = _mm256_set1_ps(1), e = exponentials(_mm256_or_ps(a, _mm256_set1_ps(-0.0f)));
+    const __m256 sigmoid = _mm256_div_ps(_mm256_blendv_ps(one, e, a), _mm256_add_ps(one, e));
+    return _mm256_mul_ps(_mm256_mul_ps(a, sigmoid), b);
 }
 
 AVX2 static void gate_row(void *data, size_t row) {

@@ -187,6 +187,27 @@ def test_a_row_does_not_depend_on_its_batch_or_chunk() -> None:
         np.testing.assert_array_equal(call(replace(batch, past=(past,)), alone)[0], together[b : b + 1])
 
 
+@pytest.mark.parametrize("name", ["a batch", "rotated", "all"])
+def test_rows_in_one_line(name: str) -> None:
+    """(1, B S, ·) is (B, S, ·): the same bits, in the shape that was given."""
+    case = CASES[name]
+    given = inputs(case)
+    flat = {**given, **{n: given[n].reshape(1, -1, *given[n].shape[2:]) for n in "qkv"}}
+    if case.rotary:
+        flat["positions"] = given["positions"].reshape(1, -1)
+    out, *states = call(case, flat)
+    assert out.shape == flat["q"].shape
+    for found, expected in zip((out.reshape(given["q"].shape), *states), call(case, given), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_sequences_of_unequal_rows_are_refused() -> None:
+    case = Case(past=(4, 4))
+    given = inputs(case)
+    with pytest.raises(Exception, match="as many rows"):
+        call(case, {**given, **{n: given[n][:1].repeat(3, 1) for n in "qkv"}})
+
+
 def test_a_length_outside_the_state_is_refused() -> None:
     case = CASES["decode"]
     for last in (-1, case.capacity):
