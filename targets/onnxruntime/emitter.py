@@ -31,8 +31,8 @@ class Emitter:
 
     ``tables`` describes the rotary tables the executor is to bind, ``rounds_activations`` says that a quantized
     linear may quantize its input. ``native`` allows the operators of native/. ``base`` maps a reshaped ONNX value to
-    what it reshapes: a reshape of a reshape needs the first one no more. ``shapes``: ONNX values whose shape is not that
-    of the program's value; a reshape back to it is none.
+    what it reshapes: a reshape of a reshape needs the first one no more. ``shapes``: ONNX values whose shape is
+    not that of the program's value; a reshape to it is none.
     """
 
     def __init__(
