@@ -13,6 +13,7 @@ import numpy as np
 from llmopt.errors import ExecutorError
 from llmopt.program import Program
 from llmopt.runtime.executors.onnxruntime_calls import Call, calls_of
+from llmopt.runtime.executors.onnxruntime_logits import LogitRows
 from llmopt.runtime.executors.onnxruntime_session import (
     StepContext,
     activations,
@@ -61,10 +62,12 @@ class OnnxruntimeExecutor:
         self.session = open_session(model, weights, options, library)
         self.states = SlotStates(group, context, copier, options)
         tables = rotary_tables(self.session, self.states.capacity)
-        self.context = StepContext(self.session, self.states, tables)
+        sequences = min(options.max_sequences, self.states.slots)
+        self.logits = LogitRows(int(self.session.get_outputs()[0].shape[-1]), 2 * sequences)
+        self.context = StepContext(self.session, self.states, tables, self.logits)
         self.limits = ExecutorLimits(
             max_context=context,
-            max_sequences=min(options.max_sequences, self.states.slots),
+            max_sequences=sequences,
             max_tokens_per_step=MAX_TOKENS_PER_STEP,
             blocks={group.name: self.states.slots},
             vocab_size=program.vocab_size,
@@ -104,12 +107,14 @@ class OnnxruntimeExecutor:
         rows = batch.all_rows(self.state_plan)
         slots = [int(row.blocks[self.states.group.name][0]) for row in rows]
         logits: dict[int, FloatArray] = {}
+        self.logits.begin()
         for call in calls_of(rows, slots, self.states, self.sampler.last):
             logits |= self._call(call)
-        drawn = [row.seq_id for row in rows if row.sample]
-        last = np.stack([logits[seq_id][-1] for seq_id in drawn]) if drawn else np.zeros((0, 0), np.float32)
-        sampled = self.sampler.sample_rows(drawn, last, batch.masks) if drawn else []
-        asked = {row.seq_id: logits[row.seq_id] for row in rows if row.logits != "none"}
+        sampling = {row.seq_id for row in rows if row.sample}
+        drawn = [seq_id for seq_id in logits if seq_id in sampling]  # in the order of their logits
+        last = [logits[seq_id][-1] for seq_id in drawn]
+        sampled = self.sampler.sample_rows(drawn, self.logits.together(last), batch.masks) if drawn else []
+        asked = {row.seq_id: logits[row.seq_id].copy() for row in rows if row.logits != "none"}
         return StepOutput(dict(zip(drawn, sampled)), asked)
 
     def _call(self, call: Call) -> dict[int, FloatArray]:

@@ -19,6 +19,7 @@ from llmopt.target import LoadOptions, WeightStore
 
 if TYPE_CHECKING:
     from llmopt.runtime.executors.onnxruntime_calls import Call
+    from llmopt.runtime.executors.onnxruntime_logits import LogitRows
     from llmopt.runtime.executors.onnxruntime_state import SlotStates
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -106,12 +107,20 @@ def activations(session: ort.InferenceSession) -> str:
 
 
 class StepContext:
-    """Runs calls of the model. Bindings of state addresses are kept by slot range: a call rebinds its rows only."""
+    """Runs calls of the model. Bindings of state addresses are kept by slot range: a call rebinds its rows only.
 
-    def __init__(self, session: ort.InferenceSession, states: SlotStates, tables: dict[str, npt.NDArray[Any]]) -> None:
-        self.session, self.states = session, states
+    ``logits``: where a call's go.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        states: SlotStates,
+        tables: dict[str, npt.NDArray[Any]],
+        logits: LogitRows,
+    ) -> None:
+        self.session, self.states, self.logits = session, states, logits
         self.inputs = {i.name for i in session.get_inputs()}
-        self.vocab = int(session.get_outputs()[0].shape[-1])
         self.tables = {
             name: ort.OrtValue.ortvalue_from_numpy(table, states.device, states.index) for name, table in tables.items()
         }
@@ -119,7 +128,8 @@ class StepContext:
         self.bindings: dict[tuple[int, int], Any] = {}
 
     def run(self, call: Call, logit_rows: IntArray) -> FloatArray:
-        """Logits (len(logit_rows), vocab) of a call; raises ExecutorError when onnxruntime fails."""
+        """Logits (len(logit_rows), vocab) of a call, good until the next step; raises ExecutorError when onnxruntime
+        fails."""
         if self.rows and int(call.positions.max()) >= self.rows:
             raise ExecutorError(f"position {call.positions.max()} is past the context of {self.rows - 1}")
         binding = self._binding(call.low, len(call.lengths))
@@ -136,14 +146,14 @@ class StepContext:
         for name in self.inputs & feeds.keys():
             binding.bind_cpu_input(name, feeds[name])
         count = len(wanted) if prunes else call.tokens.shape[1]
-        logits: FloatArray = np.empty((1, count, self.vocab), np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        logits = self.logits.take(count)
+        binding.bind_output("logits", "cpu", 0, np.float32, (1, *logits.shape), logits.ctypes.data)
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # the binding's exceptions have no common base but Exception
             raise ExecutorError(f"onnxruntime failed: {error}") from error
         binding.synchronize_outputs()
-        return logits[0, : len(logit_rows)] if prunes else logits[0, logit_rows]
+        return logits[: len(logit_rows)] if prunes else logits[logit_rows]
 
     def _binding(self, low: int, count: int) -> Any:
         """The binding of a slot range: states in place as past and present, and the tables."""
