@@ -31,8 +31,8 @@ FinishReason = Literal["stop", "length"]
 class TokenOutput:
     """One new token of a request; ``finish_reason`` on its last one: ``stop`` when the token itself ends it.
 
-    ``prompt``: log-probabilities of the prompt, with the first token of a request that asked for them. ``cached``: with
-    the first token, how many tokens of the prompt were in the prefix cache.
+    ``prompt``: log-probabilities of the prompt, with the first token of a request that asked for them. With the first
+    token ``cached``, how many tokens of the prompt were in the prefix cache, and ``waited``, seconds in the queue.
     """
 
     request_id: int
@@ -40,6 +40,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     prompt: tuple[Sampled, ...] = ()
     cached: int | None = None
+    waited: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,8 @@ class EngineCore:
         output = TokenOutput(seq_id, sampled, reason)
         if len(request.output) == 1:
             request.begun = True
-            output.cached = self.scheduler.sequences[seq_id].cached
+            sequence = self.scheduler.sequences[seq_id]
+            output.cached, output.waited = sequence.cached, sequence.waited
             if request.scores is not None:
                 output.prompt = request.scores.whole()
         if reason is not None:

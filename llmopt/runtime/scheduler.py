@@ -222,6 +222,7 @@ class Scheduler:
         if first:  # who is preempted does not pay twice
             served = (sequence.known - sequence.computed) * self.options.queue.prompt_weight
             self.queue.shares.charge(sequence.tenant, served)
+            sequence.waited = self.clock() - sequence.arrival
         self.running[sequence.seq_id] = self.prefilling[sequence.seq_id] = sequence
         self._priorities[sequence.priority] += 1
         output = np.array(sequence.output, np.int64)

@@ -20,7 +20,8 @@ class Sequence:
     ``scored``: the logits of every prompt row are wanted. ``priority``: lower goes first. ``tenant``: whose share it
     uses. ``salt``: of its cached prefixes. ``order`` and ``arrival`` (seconds): when it came. ``deadline``: the time
     by which it must have ended. ``awaits``: a chunk of its prompt that another sequence is computing. ``swapped``:
-    bytes of its state in host memory. ``cached``: prompt tokens that were in the prefix cache when it first started.
+    bytes of its state in host memory. ``cached``: prompt tokens that were in the prefix cache when it first started,
+    ``waited`` seconds after it came.
     """
 
     seq_id: int
@@ -42,6 +43,7 @@ class Sequence:
     awaits: Node | None = None
     swapped: int = 0
     cached: int = 0
+    waited: float = 0.0
 
     @property
     def known(self) -> int:

@@ -162,6 +162,8 @@ class Answer:
             async with aclosing(self._client.generate(choice.prompt, choice.params)) as outputs:
                 async for output in outputs:
                     delta = choice.stream.push(output)
+                    if output.cached is not None:
+                        watch.begin(output.waited)
                     watch.token()
                     if delta.finish_reason:
                         watch.finish(delta.finish_reason)

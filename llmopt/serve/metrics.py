@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from llmopt.serve.observe import ChoiceWatch, Observer
 
-FIRST_TOKEN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 WHOLE = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 """Bucket bounds, in seconds."""
@@ -57,7 +57,8 @@ class ServerMetrics(Observer, Collector):
 
     def __init__(self, stats: Callable[[], Mapping[str, float]], alive: Callable[[], bool]) -> None:
         self._stats, self._alive = stats, alive
-        self.first, self.between, self.whole = Buckets(FIRST_TOKEN), Buckets(BETWEEN_TOKENS), Buckets(WHOLE)
+        self.queue, self.first = Buckets(FIRST_TOKEN), Buckets(FIRST_TOKEN)
+        self.between, self.whole = Buckets(BETWEEN_TOKENS), Buckets(WHOLE)
         self.prompt_tokens = self.generated = 0
         self.finished: Counter[str] = Counter()
         self.answers: Counter[tuple[str, str]] = Counter()
@@ -79,6 +80,7 @@ class ServerMetrics(Observer, Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every metric."""
+        yield self.queue.family("llmopt_queue_time_seconds", "From a choice's arrival at the engine to its first step")
         yield self.first.family("llmopt_time_to_first_token_seconds", "From a choice's start to its first token")
         yield self.between.family("llmopt_inter_token_latency_seconds", "Between two tokens of a choice")
         yield self.whole.family("llmopt_request_seconds", "From a choice's start to its last token")
@@ -112,6 +114,10 @@ class _Watch(ChoiceWatch):
         self._start = time.perf_counter()
         self._last: float | None = None
         self._reason = "aborted"
+
+    def begin(self, waited: float) -> None:
+        """Count what it waited."""
+        self._metrics.queue.observe(waited)
 
     def token(self) -> None:
         """Time it."""

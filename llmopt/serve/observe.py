@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class ChoiceWatch:
-    """Hears of one choice: each token, its end, and that nothing more will come."""
+    """Hears of one choice: that it began, each token, its end, and that nothing more will come."""
+
+    def begin(self, waited: float) -> None:
+        """It was ``waited`` seconds in the engine's queue; its first token is there."""
 
     def token(self) -> None:
         """A token has come."""

@@ -16,7 +16,7 @@ from llmopt.runtime.core import TokenOutput
 from llmopt.runtime.params import GenerationParams, Grammar
 from llmopt.runtime.protocol import Sampled, SamplingParams
 
-VERSION = 3
+VERSION = 4
 MAX_FRAME = 1 << 28
 """Bytes; a longer frame is a broken peer."""
 
@@ -148,7 +148,7 @@ def decode(data: bytes) -> Message:
 def _pack(output: TokenOutput) -> list[Any]:
     packed = [output.request_id, output.finish_reason, *_pack_token(output.sampled)]
     if output.cached is not None:
-        packed += [output.cached, [_pack_token(s) for s in output.prompt]]
+        packed += [output.cached, output.waited, [_pack_token(s) for s in output.prompt]]
     return packed
 
 
@@ -160,7 +160,7 @@ def _unpack(raw: list[Any]) -> TokenOutput:
     request, reason, token, logprob, top, *first = raw
     output = TokenOutput(request, _unpack_token(token, logprob, top), reason)
     if first:
-        output.cached, prompt = first
+        output.cached, output.waited, prompt = first
         output.prompt = tuple(_unpack_token(*entry) for entry in prompt)
     return output
 

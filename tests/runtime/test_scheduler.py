@@ -110,3 +110,17 @@ def run_load(requests, options, kinds, blocks, tokens, longrope, data):
             assert got == expected
             assert finished[seq_id] == ("stop" if expected[-1] in eos else "length")
     assert_clean(core)
+
+
+def test_the_wait_in_the_queue_is_known_with_the_first_token():
+    """One sequence at a time, a second a step: the wait ends with the first step."""
+    core = make(plan_of("paged"), [8], sequences=1)
+    for _ in range(3):
+        core.add([1, 2, 3], greedy(2))
+    waited = {}
+    while core.has_work:
+        for output in core.step():
+            if output.cached is not None:
+                waited[output.request_id] = output.waited
+        core.clock.advance(1.0)
+    assert waited == {1: 0.0, 2: 2.0, 3: 4.0}

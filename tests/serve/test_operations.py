@@ -140,7 +140,8 @@ def test_metrics_count_what_clients_saw(start):
     assert found[("llmopt_generation_tokens_total",)] == tokens
     assert found[("llmopt_prompt_tokens_total",)] == 3 * usage[0]["prompt_tokens"]
     assert found[("llmopt_requests_total", "length")] == 3
-    assert found[("llmopt_time_to_first_token_seconds_count",)] == 3
+    assert found[("llmopt_queue_time_seconds_count",)] == found[("llmopt_time_to_first_token_seconds_count",)] == 3
+    assert 0 <= found[("llmopt_queue_time_seconds_sum",)] <= found[("llmopt_time_to_first_token_seconds_sum",)]
     assert found[("llmopt_inter_token_latency_seconds_count",)] == tokens - 3
     assert found[("llmopt_http_requests_total", "/v1/completions", "200")] == 2
     assert found[("llmopt_http_requests_total", "/v1/completions", "400")] == 1

@@ -58,7 +58,9 @@ SAMPLED = st.builds(
 )
 PROMPTS = st.lists(SAMPLED, max_size=2).map(tuple)
 REASONS = st.sampled_from([None, "stop", "length"])
-OUTPUTS = st.builds(TokenOutput, IDS, SAMPLED, REASONS) | st.builds(TokenOutput, IDS, SAMPLED, REASONS, PROMPTS, IDS)
+OUTPUTS = st.builds(TokenOutput, IDS, SAMPLED, REASONS) | st.builds(
+    TokenOutput, IDS, SAMPLED, REASONS, PROMPTS, IDS, NUMBERS
+)
 ERRORS = st.one_of(st.builds(RequestError, st.text()), st.builds(QueueFullError, st.text(), retry_after=NUMBERS))
 MESSAGES = st.one_of(
     st.builds(Ready, IDS, IDS, IDS, IDS),
