@@ -45,6 +45,7 @@ def request_limits(settings: Settings) -> Limits:
         settings.max_output_tokens,
         settings.request_timeout,
         settings.receive_timeout,
+        settings.max_connections,
     )
 
 

@@ -15,7 +15,7 @@ class Limits:
     ``body_bytes``: of its body. ``choices``: prompts times n. ``output_tokens``: new tokens of a choice; a request that
     names no number gets as many at most, one that names a larger number is refused (None: the context is the bound).
     ``seconds``: from its arrival to its last token (None: no bound). ``receive_seconds``: in which its head must
-    arrive, and then its body.
+    arrive, and then its body. ``connections``: that may be open.
     """
 
     body_bytes: int = 16 << 20
@@ -23,6 +23,7 @@ class Limits:
     output_tokens: int | None = None
     seconds: float | None = None
     receive_seconds: float = 60.0
+    connections: int = 4096
 
     def check_choices(self, choices: int) -> None:
         """Raises ApiError when a request asks for more choices than allowed."""

@@ -22,11 +22,11 @@ from llmopt.runtime.tokenizer import Tokenizer
 from llmopt.serve.answer import Model
 from llmopt.serve.app import Access, build_app
 from llmopt.serve.client import EngineClient
-from llmopt.serve.connection import timed_connections
+from llmopt.serve.connection import bounded_connections
 from llmopt.serve.engine_process import EngineOptions
 from llmopt.serve.health import Canary
 from llmopt.serve.limits import Limits
-from llmopt.serve.process import favour_the_loop, keep_what_is_loaded
+from llmopt.serve.process import allow_files, favour_the_loop, keep_what_is_loaded
 from llmopt.serve.tools import ToolFormat
 from llmopt.serve.wire import Ready
 
@@ -110,6 +110,7 @@ def serve(
     """
     listener = listen(options.host, options.port)
     favour_the_loop()
+    allow_files(options.limits.connections)
     with listener:
         asyncio.run(_serve(options, command, tokenizer, chat, announce, listener))
 
@@ -140,7 +141,7 @@ async def _serve(
             access_log=False,
             timeout_graceful_shutdown=options.drain_seconds,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            http=timed_connections(options.limits.receive_seconds),
+            http=bounded_connections(options.limits.receive_seconds, options.limits.connections),
             ws="none",
         )
         server = _Server(config)

@@ -44,6 +44,7 @@ class Settings:
     max_output_tokens: int | None = _setting(None, "New tokens of a choice (default: the context).", least=1)
     request_timeout: float | None = _setting(None, "Seconds from a request's arrival to its last token.", least=0.001)
     receive_timeout: float = _setting(60.0, "Seconds for a request's head to arrive, then for its body.", least=0.001)
+    max_connections: int = _setting(4096, "Open connections; more get 503, but for health and metrics.", least=1)
     drain_seconds: int = _setting(30, "How long a shutdown waits for running requests.", least=0)
     stuck_seconds: float = _setting(60.0, "Silence of the engine after which the server gives up.", least=0.001)
     tool_format: str | None = _setting(None, "How the model writes tool calls (default: its chat template's).")

@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -125,6 +127,36 @@ def test_two_hundred_slow_clients_stop_nobody(quick):
         for _ in range(5):
             assert client.post("/v1/completions", content=BODY).status_code == 200
     assert {client.end()[1] for client in slow} == {408}
+
+
+def test_connections_beyond_the_limit_are_told_so(start):
+    """Those that are open go on, probes are answered, and a connection that ends makes room."""
+    server = start(limits={"connections": 2})
+    with httpx.Client(base_url=server.url) as first, httpx.Client(base_url=server.url) as second:
+        for client in (first, second):
+            assert client.post("/v1/completions", content=BODY).status_code == 200
+        with httpx.Client(base_url=server.url) as third:
+            refused = third.post("/v1/completions", content=BODY)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert refused.json()["error"]["code"] == "too_many_connections"
+            assert third.post("/v1/completions", content=BODY * 20_000).status_code == 503
+            for path in ("/health", "/metrics"):
+                assert third.get(path).status_code == 200
+        assert first.post("/v1/completions", content=BODY).status_code == 200
+    until = time.monotonic() + 10
+    while httpx.post(f"{server.url}/v1/completions", content=BODY).status_code != 200:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_files_are_allowed_for_every_connection():
+    code = "import resource as r; from llmopt.serve.process import allow_files, OTHER_FILES as more; "
+    code += "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (64, hard)); allow_files(300); "
+    code += "print(r.getrlimit(r.RLIMIT_NOFILE)[0] == 300 + more); allow_files(10); "
+    code += "print(r.getrlimit(r.RLIMIT_NOFILE)[0] == 300 + more); allow_files(1 << 60); "
+    code += "print(r.getrlimit(r.RLIMIT_NOFILE)[0] == hard)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 3, done.stderr
 
 
 BIG = 10 << 20
