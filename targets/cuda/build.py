@@ -64,7 +64,7 @@ def build(
         "triton": version,
         "cuda": assembler_major(options.archs),
         "archs": list(options.archs),
-        "proven": proven(options.archs),
+        "proven": {f"sm_{plan.arch}": proven(plan.arch, plan.specializations()) for plan in plans},
         "tuning": {f"sm_{arch}": tables[arch].note(f"triton {version}") for arch in options.archs},
         "kernels": {},
         "choices": {},
