@@ -25,7 +25,7 @@ from tests.e2e.test_calibrated_build import TEXT
 from tests.frontend.quantized import CASES, make_pair, plain_model
 from tests.targets.cuda.fake_builds import compile_without_compiler
 from tests.targets.cuda.models import Model, interpreted, lowered, model, reference
-from tests.targets.cuda.test_cuda_architectures import few_logits
+from tests.targets.cuda.test_cuda_architectures import logits
 from tests.targets.cuda.test_cuda_plan import TOLERANCE
 from tests.targets.models import worst
 
@@ -55,9 +55,7 @@ CODED = {"cuda.linear_8", "cuda.round", "cuda.norm_round"}
 def error(found: Model, good: Model) -> float:
     """Largest error of the kernels over a model's weights against the reference over the good ones."""
     vocab_size = good.program.vocab_size
-    return worst(
-        few_logits(interpreted(found, discover(), OPTIONS), vocab_size), few_logits(reference(good), vocab_size)
-    )
+    return worst(logits(interpreted(found, discover(), OPTIONS), vocab_size), logits(reference(good), vocab_size))
 
 
 def ops(found: Model, arch: int = 90) -> set[str]:
