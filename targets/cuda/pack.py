@@ -162,10 +162,8 @@ def layouts(program: Program) -> dict[str, Layout]:
     plain = {name for function in program.functions.values() for name in code_calls(function).values()}
     for function in program.functions.values():
         for call in function.calls:
-            if call.op == QUANTIZED:
+            if call.op in (QUANTIZED, EMBEDDING):
                 found |= call_layouts(call, program, plain)
-            elif call.op == EMBEDDING:
-                found |= call_layouts(replace(call, args={**call.args, "g_idx": None}), program, plain)
             elif call.op == EXPERTS:
                 for stack in STACKS:
                     found |= call_layouts(replace(call, args=of_stack(call.args, stack)), program, ())
@@ -188,11 +186,11 @@ def packed(program: Program, weights: Mapping[str, WeightReader]) -> dict[str, W
 def of_stack(args: Mapping[str, Any], stack: str) -> dict[str, Any]:
     """Arguments of a call over experts as a linear's over one of their STACKS."""
     own = {part: args[f"{stack}_{part}"] for part in ("codes", "scales", "zeros", "block_k", "bias")}
-    return {**args, **own, "g_idx": None}
+    return {**args, **own}
 
 
 def call_layouts(call: OpCall, program: Program, plain: Collection[str]) -> dict[str, Layout]:
-    """How the weights of a quantized linear are packed; ``plain``: codes that meet codes of activations."""
+    """How the weights of a quantized linear, or table, are packed; ``plain``: codes that meet codes of activations."""
     args = call.args
     codes, bits, group, format = args["codes"], args["bits"], args["block_k"], args["format"]
 
@@ -205,7 +203,7 @@ def call_layouts(call: OpCall, program: Program, plain: Collection[str]) -> dict
         raise refuse(what, hint)
     if format == "mxfp4" and group != MXFP4_GROUP:
         raise refuse(f"MXFP4 weights in groups of {group}", f"the format has groups of {MXFP4_GROUP}")
-    if args["g_idx"] is not None:
+    if args.get("g_idx") is not None:  # linears alone have one
         raise refuse("columns in another order than their groups (g_idx)", "gptq: {static_groups: true}")
     assert isinstance(codes, Ref)
     assert isinstance(bits, int)

@@ -49,9 +49,7 @@ class TakeRows:
             return "the table has strides no row stride expresses, or the index is not dense int64"
         (out,) = site.outputs
         c, (rows, stride) = out.shape[-1], layout
-        count = 1
-        for extent in out.shape[:-1]:
-            count *= extent
+        count = math.prod(out.shape[:-1])
         block = min(pow2(c), 2048)
         moved = 2 * count * c * 2
         made = launch(

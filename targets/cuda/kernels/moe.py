@@ -55,6 +55,17 @@ def find_tile(starts, tile, E: tl.constexpr, PE: tl.constexpr, BM: tl.constexpr)
 
 
 @triton.jit
+def gated(g, u, KIND: tl.constexpr):
+    """Gates and ups in fp32 as llmopt.ir.ops.moe joins them."""
+    if KIND == "swiglu_oai":
+        g, u = tl.minimum(g, 7.0), tl.minimum(tl.maximum(u, -7.0), 7.0)
+        h = (u + 1) * g / (1 + tl.exp(-1.702 * g))
+    else:
+        h = activation(g, KIND) * u
+    return h
+
+
+@triton.jit
 def gate_up_experts(
     x, weight, bias, order, starts, hidden,
     X_ROW: tl.constexpr, K: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, PE: tl.constexpr,
@@ -92,11 +103,7 @@ def gate_up_experts(
             own = bias + expert * (2 * WIDTH)
             g += tl.load(own + row_g, mask=n < WIDTH, other=0.0).to(tl.float32)[:, None]
             u += tl.load(own + row_u, mask=n < WIDTH, other=0.0).to(tl.float32)[:, None]
-        if OAI:
-            g, u = tl.minimum(g, 7.0), tl.minimum(tl.maximum(u, -7.0), 7.0)
-            h = (u + 1) * g / (1 + tl.exp(-1.702 * g))
-        else:
-            h = activation(g, KIND) * u
+        h = gated(g, u, KIND)
         at = hidden + m[None, :].to(tl.int64) * WIDTH + n[:, None]
         tl.store(at, h.to(hidden.dtype.element_ty), mask=live & (m < end)[None, :])
 

@@ -12,27 +12,30 @@ import triton.language as tl
 from ..kernel import CallSite, Selection, Strided
 from ..pack import EXPERTS, STACKS, chunk_of, of_stack, parts_of
 from ..tuning import quantized_form
-from ._common import activation, cdiv, modelled_us, nbytes, pdl_release, pdl_wait, pow2
+from ._common import cdiv, modelled_us, nbytes, pdl_release, pdl_wait, pow2
 from ._dequantize import numbers
 from .gemm_q import add_group, as_loaded
-from .moe import Product, find_tile, read_mixture, tuning_key
+from .moe import Product, find_tile, gated, read_mixture, tuning_key
 
 
 @triton.jit
 def multiply(
-    acc, x_at, some, codes, scales, zeros, row, K: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr,
+    acc, x_at, some, codes, scales, zeros, expert, row, K: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr,
     FORMAT: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """acc (BN, BM) + rows ``row`` of one matrix (N, K) · x (BM, K)ᵀ; ``x_at`` (BM, 1): where the rows of x begin.
-
-    codes, scales and zeros as in gemm_q, of one expert.
+    """acc (BN, BM) + rows ``row`` of an expert's matrix (N, K) · x (BM, K)ᵀ; ``x_at`` (BM, 1): where the rows of x
+    begin. codes, scales and zeros as in gemm_q, of each expert.
     """
     PARTS: tl.constexpr = codes.dtype.element_ty.primitive_bitwidth // BITS
     WIDE: tl.constexpr = BK // PARTS
     ROW: tl.constexpr = K // PARTS
+    table = expert.to(tl.int64) * (N // SHARED * ((K + GROUP - 1) // GROUP))
+    scales += table
+    if zeros is not None:
+        zeros += table
     h = tl.arange(0, WIDE)[None, :]
-    c_at = codes + row.to(tl.int64)[:, None] * ROW + h
+    c_at = codes + (expert.to(tl.int64) * N + row)[:, None] * ROW + h
     for start in range(0, K, BK):
         b = tl.load(c_at + start // PARTS, mask=start // PARTS + h < ROW, other=0)
         part = acc if GROUP == K else tl.zeros((BN, BM), tl.float32)
@@ -72,20 +75,17 @@ def gate_up_experts_q(
         row_u = 2 * column + 1 if OAI else column + WIDTH
         x_at = x + (pair // K).to(tl.int64)[:, None] * X_ROW
         some = (m < end)[:, None]
-        own = codes + expert.to(tl.int64) * (N * (C * BITS // codes.dtype.element_ty.primitive_bitwidth))
-        table = expert.to(tl.int64) * (N // SHARED * ((C + GROUP - 1) // GROUP))
-        z = None if zeros is None else zeros + table
         nothing = tl.zeros((BN, BM), tl.float32)
-        g = multiply(nothing, x_at, some, own, scales + table, z, row_g, C, N, BITS, FORMAT, SHARED, GROUP, BM, BN, BK)
-        u = multiply(nothing, x_at, some, own, scales + table, z, row_u, C, N, BITS, FORMAT, SHARED, GROUP, BM, BN, BK)
+        g = multiply(
+            nothing, x_at, some, codes, scales, zeros, expert, row_g, C, N, BITS, FORMAT, SHARED, GROUP, BM, BN, BK
+        )
+        u = multiply(
+            nothing, x_at, some, codes, scales, zeros, expert, row_u, C, N, BITS, FORMAT, SHARED, GROUP, BM, BN, BK
+        )
         if bias is not None:
             g += tl.load(bias + expert * N + row_g).to(tl.float32)[:, None]
             u += tl.load(bias + expert * N + row_u).to(tl.float32)[:, None]
-        if OAI:
-            g, u = tl.minimum(g, 7.0), tl.minimum(tl.maximum(u, -7.0), 7.0)
-            h = (u + 1) * g / (1 + tl.exp(-1.702 * g))
-        else:
-            h = activation(g, KIND) * u
+        h = gated(g, u, KIND)
         at = hidden + m[None, :].to(tl.int64) * WIDTH + n[:, None]
         tl.store(at, h.to(hidden.dtype.element_ty), mask=(n < WIDTH)[:, None] & (m < end)[None, :])
 
@@ -107,11 +107,10 @@ def down_experts_q(
         pair = tl.load(order + m, mask=m < end, other=0)
         row, some = tl.where(n < C, n, 0), (m < end)[:, None]
         h_at = hidden + m[:, None].to(tl.int64) * WIDTH
-        own = codes + expert.to(tl.int64) * (C * (WIDTH * BITS // codes.dtype.element_ty.primitive_bitwidth))
-        table = expert.to(tl.int64) * (C // SHARED * ((WIDTH + GROUP - 1) // GROUP))
-        z = None if zeros is None else zeros + table
         acc = tl.zeros((BN, BM), tl.float32)
-        acc = multiply(acc, h_at, some, own, scales + table, z, row, WIDTH, C, BITS, FORMAT, SHARED, GROUP, BM, BN, BK)
+        acc = multiply(
+            acc, h_at, some, codes, scales, zeros, expert, row, WIDTH, C, BITS, FORMAT, SHARED, GROUP, BM, BN, BK
+        )
         if bias is not None:
             acc += tl.load(bias + expert * C + row).to(tl.float32)[:, None]
         acc *= tl.load(share + pair, mask=m < end, other=0.0).to(tl.float32)[None, :]
