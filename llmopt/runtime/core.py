@@ -53,13 +53,12 @@ class Failure:
 
 @dataclass(slots=True)
 class _Request:
-    """``begun``: its first token was drawn; of those in the middle an output says nothing but the token."""
+    """A request that has not ended. ``output``: its sequence's."""
 
     output: list[int]
     budget: int
     stops: frozenset[int]
     scores: PromptScores | None = None
-    begun: bool = False
 
 
 @dataclass(slots=True)
@@ -239,7 +238,7 @@ class EngineCore:
                 self._fail(seq_id, RequestError("no token is allowed", hint="the grammar or the bias forbids all"))
                 continue
             output.append(token)
-            if request.begun and token not in request.stops and len(output) < request.budget:
+            if 1 < len(output) < request.budget and token not in request.stops:
                 outputs.append(TokenOutput(seq_id, sampled))
             else:
                 outputs.append(self._take_one(seq_id, request, sampled))
@@ -259,7 +258,6 @@ class EngineCore:
             reason = "length"
         output = TokenOutput(seq_id, sampled, reason)
         if len(request.output) == 1:
-            request.begun = True
             sequence = self.scheduler.sequences[seq_id]
             output.cached, output.waited = sequence.cached, sequence.waited
             if request.scores is not None:

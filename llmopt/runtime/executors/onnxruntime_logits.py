@@ -32,10 +32,12 @@ class LogitRows:
 
     def together(self, rows: Sequence[FloatArray]) -> FloatArray:
         """One array (n, vocab) of ``rows`` (vocab,): no copy when they are all that was taken, in order."""
-        count, size = len(rows), self._memory.strides[0]
-        first = self._memory.__array_interface__["data"][0]
-        if count == self._used and all(
-            r.__array_interface__["data"][0] == first + i * size for i, r in enumerate(rows)
-        ):
+        count, size, first = len(rows), self._memory.strides[0], address(self._memory)
+        if count == self._used and all(address(row) == first + i * size for i, row in enumerate(rows)):
             return self._memory[:count]
         return np.stack(rows, out=self.take(count))
+
+
+def address(x: FloatArray) -> int:
+    """Where an array's elements begin."""
+    return int(x.__array_interface__["data"][0])
