@@ -7,7 +7,7 @@ from typing import Any
 
 from llmopt.program import OpCall
 from targets.cuda.eight_bits import CODES, LINEAR_8, NORM_ROUNDED, NOTHING_JOINED, ROUNDED
-from targets.cuda.fusion import ABSENT, LINEAR, LINEAR_Q
+from targets.cuda.fusion import ABSENT, GATED_CODES, LINEAR, LINEAR_Q
 from targets.cuda.kernel import CallSite, Strided
 from targets.cuda.kernels import (
     attention,
@@ -19,6 +19,7 @@ from targets.cuda.kernels import (
     gemm_w8a8,
     gemm_w8a8_persistent,
     gemv,
+    gemv_q,
     gemv_w8a8,
     moe,
     moe_q,
@@ -102,22 +103,23 @@ def quantized() -> Iterator[Case]:
 def weight_only(model: str, what: str, m: int, n: int, k: int, scheme: tuple[int, str, int]) -> Iterator[Case]:
     """One linear over packed weights; ``scheme``: bits, format, columns of a scale."""
     bits, format, group = scheme
-    gated = what.startswith("gate_up")
+    gated = what.startswith("gate_up") and m <= GATED_CODES
     values = {
         "x": dense("x", "bfloat16", 1, m, k), "codes": dense("codes", "uint8", n, k * bits // 8),
         "scales": dense("scales", "bfloat16", k // group, n), "zeros": None, "bias": None, "g_idx": None,
         "format": format, "bits": bits, "block_n": 1, "block_k": group, **ABSENT, "gate": "silu" if gated else None,
     }  # fmt: skip
     call = site(LINEAR_Q, values, (dense("out", "bfloat16", 1, m, n // 2 if gated else n),), {"T": m})
-    yield from site_cases(gemm_q.KERNEL, call, model, what)
+    for kernel in (gemm_q.KERNEL, gemv_q.KERNEL):
+        yield from site_cases(kernel, call, model, what)
 
 
 def over_codes(model: str, what: str, m: int, n: int, k: int, format: str, block: int) -> Iterator[Case]:
     """One linear over codes by every kernel; ``block``: rows and columns of a scale, 0: a scale a channel."""
     gated, kind = what.startswith("gate_up"), CODES[format]
     values = {
-        "x": dense("x", "bfloat16" if m == 1 else kind, 1, m, k),
-        "x_scale": None if m == 1 else dense("x_scale", "float32", 1, m), "input_scale": None, "round": format,
+        "x": dense("x", kind, 1, m, k),
+        "x_scale": dense("x_scale", "float32", 1, m), "input_scale": None, "round": format,
         "codes": dense("codes", kind, n, k),
         "scales": dense("scales", "bfloat16", k // (block or k), n // (block or 1)), "bias": None,
         "format": "int" if format == "int8" else format, "bits": 8, "block_n": block or 1, "block_k": block or k,

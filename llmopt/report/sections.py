@@ -46,7 +46,7 @@ def accuracy_line(found: dict[str, Any]) -> str:
 def crossover_rows(manifest: Manifest) -> list[Row]:
     """One row a shape of the quantized linears and architecture: from how many rows on bfloat16 is no slower."""
     return [
-        (arch, entry["weights"], f"{entry['n']}x{entry['k']}{' gated' if entry['gated'] else ''}", crossover(entry))
+        (arch, entry["weights"], f"{entry['n']}x{entry['k']}", crossover(entry))
         for arch, entries in manifest.notes.get("crossover", {}).items()
         for entry in entries
     ]

@@ -1,8 +1,8 @@
 """Linears that multiply codes by codes, weights and activations rounded to one format of eight bits: which do, and the
 rules that join the making of the codes with what is before it.
 
-- ``cuda.linear_8``: a linear over codes ``x`` with ``x_scale``, its rows' scales or the static ``input_scale``; or over
-  numbers, ``x_scale`` None, which its kernel rounds to codes as ``round`` says, after the RMSNorm where one joins.
+- ``cuda.linear_8``: a linear over codes ``x``, of the format ``round``, with ``x_scale``: its rows' scales, or the
+  static ``input_scale``.
 - ``cuda.round``: codes, and unless ``scale`` is static their scales, of the rows of ``x`` or of their gated activation.
 - ``cuda.norm_round``: the same of what the call ``op`` makes, a normalization, whose sum, if it adds, comes second.
 """
@@ -24,9 +24,7 @@ FORMATS = {"int8": "int", "fp8_e4m3": "fp8_e4m3"}
 CODES = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
 """Type of an activation's codes."""
 NORMS = ("llmopt.rms_norm", "llmopt.add_rms_norm", "aten.layer_norm.default", "llmopt.add_layer_norm")
-LONGEST_ROW = 16384
-"""Elements of a row that a kernel of one row holds in registers beside the weights it reads."""
-NOTHING_JOINED = {"norm": None, "eps": 0.0, "offset": 0.0, "mul_in_fp32": False, "gate": None, "residual": None}
+NOTHING_JOINED = {"gate": None, "residual": None}
 
 
 def code_calls(function: Function) -> dict[int, str]:
@@ -59,32 +57,26 @@ def runs_codes(arch: int) -> Callable[[str], bool]:
     return lambda format: format == "int8" or arch >= 89
 
 
-def codes_into_linears(graph: Graph, at: int, call: OpCall, runs: Callable[[str], bool], one_row: bool) -> None:
-    """Rounded activations that nothing but linears over codes of the same format read: the linears take the codes; one
-    row's linears make them, as each of their programs reads the row anyway."""
+def codes_into_linears(graph: Graph, at: int, call: OpCall, runs: Callable[[str], bool]) -> None:
+    """Rounded activations that nothing but linears over codes of the same format read: the linears take the codes."""
     if call.op != ROUND or not runs(str(call.args["format"])):
         return
     (name,) = call.outputs
     readers, takers = graph.readers.get(name, []), code_calls(graph.function)
     if not readers or graph.uses[name] != len(readers) or not set(readers) <= takers.keys():
         return
-    static, kind = call.args["scale"], graph.function.types[name]
-    x: Arg = call.args["x"]
-    scale: Arg = static
-    if one_row and int(kind.shape[-1]) <= LONGEST_ROW:
-        graph.places[at], scale = (), None
-    else:
-        outputs: tuple[str, ...] = (name,)
-        x = Ref(name)
-        graph.types[name] = replace(kind, dtype=CODES[str(call.args["format"])])
-        if static is None:
-            scale, outputs = Ref(f"{name}/scale"), (name, f"{name}/scale")
-            graph.types[outputs[1]] = TensorType(kind.shape[:-1], "float32")
-        graph.places[at] = (replace(call, op=ROUNDED, args={**call.args, "gate": None}, outputs=outputs),)
+    static: Arg = call.args["scale"]
+    scale, kind = static, graph.function.types[name]
+    outputs: tuple[str, ...] = (name,)
+    graph.types[name] = replace(kind, dtype=CODES[str(call.args["format"])])
+    if static is None:
+        scale, outputs = Ref(f"{name}/scale"), (name, f"{name}/scale")
+        graph.types[outputs[1]] = TensorType(kind.shape[:-1], "float32")
+    graph.places[at] = (replace(call, op=ROUNDED, args={**call.args, "gate": None}, outputs=outputs),)
     for i in readers:
         reader = graph.calls[i]
         kept = {key: arg for key, arg in reader.args.items() if key not in ("x", "zeros", "g_idx")}
-        taken = {"x": x, "x_scale": scale, "input_scale": static, "round": call.args["format"]}
+        taken = {"x": Ref(name), "x_scale": scale, "input_scale": static, "round": call.args["format"]}
         graph.places[i] = (replace(reader, op=LINEAR_8, args={**taken, **kept, **NOTHING_JOINED}),)
 
 

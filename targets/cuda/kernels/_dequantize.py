@@ -228,3 +228,18 @@ def fp8_bytes(b, PART: tl.constexpr, DTYPE: tl.constexpr):
         else:
             found = tl.inline_asm_elementwise(FP8_FP16, "=r,=r,r", [b], tl.float16, True, 4)
     return found
+
+
+PAIRED_BF16, PAIRED_FP16 = tl.constexpr("fma.rn.bf16x2 $0, $1, $2, $3;"), tl.constexpr("fma.rn.f16x2 $0, $1, $2, $3;")
+
+
+@triton.jit
+def paired(a, b, c):
+    """a · b + c, which broadcast, in their dtype, two at a time."""
+    if INTERPRETED:
+        found = (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(a.dtype)
+    elif a.dtype == tl.bfloat16:
+        found = tl.inline_asm_elementwise(PAIRED_BF16, "=r,r,r,r", [a, b, c], tl.bfloat16, True, 2)
+    else:
+        found = tl.inline_asm_elementwise(PAIRED_FP16, "=r,r,r,r", [a, b, c], tl.float16, True, 2)
+    return found

@@ -61,8 +61,6 @@ def read_linear_8(site: CallSite) -> Linear8 | str:
     """The linear of a ``cuda.linear_8`` call whose input is codes already, or why these kernels cannot do it."""
     v: Any = site.values
     codes, gate, group, k = v["codes"], v["gate"], v["block_k"], v["x"].shape[-1]
-    if v["x_scale"] is None:
-        return "it does not round its input"
     if gate is not None and gate not in ACTIVATIONS:
         return f"activation {gate}"
     if codes.dtype == "float8_e4m3fn" and site.arch < 89:

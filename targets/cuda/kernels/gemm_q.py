@@ -14,7 +14,7 @@ from ..kernel import CallSite, Scratch, Selection, Strided
 from ..pack import chunk_of, parts_of
 from ..tuning import find_linear, linear_form, quantized_form
 from ._common import ACTIVATIONS, SM_COUNT, cdiv, launch, modelled_us, nbytes, pdl_release, pdl_wait, pow2, prefetch
-from ._dequantize import numbers
+from ._dequantize import numbers, paired
 from ._eight_bits import scheme
 from ._linear import flattened, leave_part, take_parts
 from .gemm import FLOPS, finish
@@ -22,10 +22,11 @@ from .gemm import FLOPS, finish
 
 @triton.jit
 def gemm_q(
-    x, codes, scales, zeros, bias, norm, residual, out, partial, squares, counter, M,
-    N: tl.constexpr, K: tl.constexpr, X_ROW: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
+    x, codes, scales, zeros, bias, residual, out, partial, counter, M,
+    N: tl.constexpr, K: tl.constexpr, X_ROW: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, FORMAT: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+    SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = x (M, K) · weight (N, K)ᵀ + bias, fp32 sums; weight = (code - zero) · scale, a scale for SHARED rows
     of GROUP columns.
@@ -35,9 +36,9 @@ def gemm_q(
     (N tiles, M tiles, SPLIT); with SPLIT > 1 the last part to come adds all parts in order. Tiles are computed
     transposed: the weights are the tall side of the tensor core's instruction, rows of x its narrow one. Codes stay
     integers (less 8 or 128) or values of FORMAT up to the product, so nothing is rounded there; a zero point is a
-    multiple of the sum of x. With a gate (KIND) the weight holds N / 2 gates above N / 2 ups. ``norm`` (K,), of one row
-    only: x is multiplied by norm + offset, the sum divided by x's root mean square. The first AHEAD bytes of each of
-    the tile's rows go to L2 before the wait for x. Floor: the codes' N · K · BITS / 8 bytes.
+    multiple of the sum of x. SCALED: the weights, rounded to x's dtype, are what is multiplied, which leaves more
+    registers for the sums of many rows. With a gate (KIND) the weight holds N / 2 gates above N / 2 ups. The first
+    AHEAD bytes of each of the tile's rows go to L2 before the wait for x. Floor: the codes' N · K · BITS / 8 bytes.
     """
     WIDTH: tl.constexpr = BN if KIND is None else BN // 2
     COLUMNS: tl.constexpr = N if KIND is None else N // 2
@@ -64,9 +65,9 @@ def gemm_q(
             prefetch(ahead + UPS, ok, PDL)
     pdl_release(PDL)
     pdl_wait(PDL)
+    a_type: tl.constexpr = x.dtype.element_ty
     acc = tl.zeros((WIDTH, BM), tl.float32)
     up = acc
-    squares_of = tl.zeros((BM, WIDE), tl.float32)
     for start in range(first, first + PART, BK):
         live = start // PARTS + h < ROW
         b = tl.load(c_at + start // PARTS) if EVEN else tl.load(c_at + start // PARTS, mask=live, other=0)
@@ -77,62 +78,59 @@ def gemm_q(
             else:
                 u = tl.load(c_at + UPS + start // PARTS, mask=live, other=0)
         group = tl.minimum(start, K - 1) // GROUP * (N // SHARED)
-        part = acc if GROUP == K else tl.zeros((WIDTH, BM), tl.float32)
+        part = acc if GROUP == K or SCALED else tl.zeros((WIDTH, BM), tl.float32)
+        scale = row
+        zero = row
+        if SCALED:
+            scale = tl.load(scales + group + row // SHARED).to(a_type)
+            if zeros is not None:
+                zero = ((1 << (BITS - 1)) - tl.load(zeros + group + row // SHARED).to(tl.float32)).to(a_type)
         sums = tl.zeros((BM, WIDE), tl.float32)
         for i in tl.static_range(PARTS):
             k = start + i * WIDE
             a = tl.load(x_at + k) if EVEN else tl.load(x_at + k, mask=k + h < K, other=0.0)
-            if norm is not None:
-                squares_of += a.to(tl.float32) * a.to(tl.float32)
-                a = scaled(a, norm, k + h, K, offset)
-            if zeros is not None:
+            if zeros is not None and not SCALED:
                 sums += a.to(tl.float32)
-            part = tl.dot(numbers(b, i, BITS, FORMAT, a.dtype), tl.trans(a), part)
-        acc = add_group(acc, part, sums, scales, zeros, group + row // SHARED, BITS, GROUP == K)
+            part = tl.dot(weights(b, i, scale, zero, zeros, BITS, FORMAT, a_type, SCALED), tl.trans(a), part)
+        if SCALED:
+            acc = part
+        else:
+            acc = add_group(acc, part, sums, scales, zeros, group + row // SHARED, BITS, GROUP == K)
         if KIND is not None:
+            tl.static_assert(not SCALED)
             part = up if GROUP == K else tl.zeros((WIDTH, BM), tl.float32)
             for i in tl.static_range(PARTS):
                 k = start + i * WIDE
                 a = tl.load(x_at + k) if EVEN else tl.load(x_at + k, mask=k + h < K, other=0.0)
-                if norm is not None:
-                    a = scaled(a, norm, k + h, K, offset)
                 part = tl.dot(numbers(u, i, BITS, FORMAT, a.dtype), tl.trans(a), part)
             up = add_group(up, part, sums, scales, zeros, group + (COLUMNS + row) // SHARED, BITS, GROUP == K)
-    if GROUP == K:
+    if GROUP == K and not SCALED:
         acc *= tl.load(scales + row // SHARED).to(tl.float32)[:, None]
         if KIND is not None:
             up *= tl.load(scales + (COLUMNS + row) // SHARED).to(tl.float32)[:, None]
-    square = tl.sum(tl.sum(squares_of, 1), 0) / BM  # the tile's rows repeat the only one
     total = tl.trans(acc)
     more = tl.trans(up)
     if SPLIT > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if norm is not None:
-            tl.store(squares + tile * SPLIT + tl.program_id(2), square)
         if leave_part(total, more, partial, counter, tile, KIND, BM, BN, WIDTH, SPLIT):
             total, more = take_parts(partial, tile, KIND, BM, BN, WIDTH, SPLIT)
-            if norm is not None:
-                square = 0.0
-                for part in range(SPLIT):
-                    square += tl.load(squares + tile * SPLIT + part, cache_modifier=".cg")
-                root = tl.rsqrt(square / K + eps)
-                total *= root
-                more *= root
             finish(total, more, bias, residual, out, m, n, M, COLUMNS, KIND)
             tl.store(counter + tile, 0)
     else:
-        if norm is not None:
-            root = tl.rsqrt(square / K + eps)
-            total *= root
-            more *= root
         finish(total, more, bias, residual, out, m, n, M, COLUMNS, KIND)
 
 
 @triton.jit
-def scaled(a, norm, k, K: tl.constexpr, offset: tl.constexpr):
-    """A tile of x times the norm's weights."""
-    s = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32) + offset
-    return (a.to(tl.float32) * s).to(a.dtype)
+def weights(
+    b, i, scale, zero, zeros, BITS: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr
+):
+    """Numbers of the codes in part i of a tile, less their zero points and scaled where SCALED."""
+    found = numbers(b, i, BITS, FORMAT, DTYPE)
+    if SCALED:
+        if zeros is not None:
+            found = paired(found, tl.full(found.shape, 1.0, DTYPE), zero[:, None])
+        found = paired(found, scale[:, None], tl.full(found.shape, -0.0, DTYPE))
+    return found
 
 
 @triton.jit
@@ -150,8 +148,11 @@ def add_group(acc, part, sums, scales, zeros, at, BITS: tl.constexpr, WHOLE: tl.
 
 def shape_tiles(m: int, n: int, k: int, bits: int, gated: bool, arch: int) -> dict[str, Any]:
     """Tile sizes and split for a shape nobody measured: programs to fill the GPU four times, unless what the parts of
-    K leave and take up again were more bytes than the weight. 128 gated rows spill 8 bytes on sm_80: 64 there."""
+    K leave and take up again were more bytes than the weight. Of many rows weights are scaled first: 2048 take 0.75
+    times as long so on an H200. 128 gated rows spill 8 bytes on sm_80: 64 there."""
     bm = max(16, min(128 if arch >= 90 else 64, pow2(m)))
+    if m >= 256 and arch >= 90 and not gated:
+        return {"BM": bm, "BN": 128, "SPLIT": 1, "AHEAD": 0, "SCALED": 1, "warps": 8, "stages": 3}
     c: dict[str, Any] = {"BM": bm, "BN": 128 if gated or bm > 32 else 64, "SPLIT": 1, "AHEAD": 256 if bm <= 64 else 0}
     c |= {"warps": 8 if bm > 64 else 4, "stages": 4 if arch >= 90 and bm <= 64 else 3}
     programs, fill = cdiv(n, c["BN"]) * cdiv(m, bm), 4 * SM_COUNT.get(arch, 108)
@@ -189,10 +190,6 @@ class GemmQ:
         if gate is not None and gate not in ACTIVATIONS:
             return f"activation {gate}"
         (m, k), n, group = x.shape, codes.shape[0], v["block_k"]
-        if v["norm"] is not None and m != 1:
-            return "it normalizes one row only"
-        if v["norm"] is not None and x.dtype == "float16":
-            return "float16 could overflow before it is normalized"
         tuned = find_linear(site.tuning, self.name, quantized_form(v, k), m, n, k, linear_form(v))
         c = dict(tuned.config) if tuned else shape_tiles(m, n, k, bits, gate is not None, site.arch)
         bk = chunk_of(bits, group, k)
@@ -200,22 +197,22 @@ class GemmQ:
         tiles, split = cdiv(out.shape[1], c["BN"] // (1 if gate is None else 2)) * cdiv(m, c["BM"]), c["SPLIT"]
         stored = as_loaded(codes, codes.dtype == "uint8" and parts_of(bits, bk, k) * bits == 16)
         tensors = {
-            "x": x, "codes": stored, "scales": v["scales"], "zeros": v["zeros"], "bias": v["bias"], "norm": v["norm"],
+            "x": x, "codes": stored, "scales": v["scales"], "zeros": v["zeros"], "bias": v["bias"],
             "residual": residual, "out": out, "M": m,
             "partial": Scratch("partial", 4 * tiles * split * c["BM"] * c["BN"]) if split > 1 else None,
-            "squares": Scratch("squares", 4 * tiles * split) if split > 1 and v["norm"] is not None else None,
             "counter": Scratch("counter", 4 * tiles, zeroed=True) if split > 1 else None,
         }  # fmt: skip
         constants = {
-            "N": n, "K": k, "X_ROW": x.strides[0], "eps": float(v["eps"]), "offset": float(v["offset"]), "KIND": gate,
+            "N": n, "K": k, "X_ROW": x.strides[0], "KIND": gate,
             "BITS": bits, "FORMAT": v["format"], "SHARED": v["block_n"], "GROUP": group,
             "BM": c["BM"], "BN": c["BN"], "BK": bk, "SPLIT": split, "AHEAD": c["AHEAD"],
+            "SCALED": bool(c.get("SCALED", 0)) and gate is None,
         }  # fmt: skip
         moved = nbytes(x, codes, v["scales"], v["zeros"], residual, out)
         made = launch(
             site.arch, gemm_q, (tiles // cdiv(m, c["BM"]), cdiv(m, c["BM"]), split), tensors, constants,
             warps=c["warps"], stages=c["stages"], moved=moved,
-            scratch={"partial": "*fp32", "squares": "*fp32", "counter": "*i32"},
+            scratch={"partial": "*fp32", "counter": "*i32"},
         )  # fmt: skip
         cost = max(modelled_us(moved, site.arch), 2 * m * n * k / FLOPS.get(site.arch, 0.2e9))
         why = f"{scheme(v, k)}, {c['BM']}x{c['BN']}x{bk} tiles" + (f", K in {split}" if split > 1 else "")

@@ -1,16 +1,19 @@
-"""Linear layer of codes by codes for one row, which it normalizes and rounds itself: the weight is read once."""
+"""Linear layer of codes by codes for one row: the weight is read once, each code a number after two bit operations.
+
+The seven low bits of an E4M3 code at bits 20 to 26 are the fp32 number times 2^-120, subnormal ones too, under its
+sign; a byte of an integer is one as in gemv_q. Products of codes are exact in fp32.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from ..eight_bits import LINEAR_8, LONGEST_ROW
+from ..eight_bits import LINEAR_8
 from ..kernel import CallSite, Selection
-from ..pack import chunk_of
 from ..tuning import find_linear, linear_form, quantized_form
 from ._common import (
     ACTIVATIONS,
@@ -25,113 +28,133 @@ from ._common import (
     pow2,
     rows_of,
 )
-from ._dequantize import fp8_bytes, signed_bytes
 from ._eight_bits import scheme
-from ._rounding import row_scale, to_codes
+from .gemv_q import SCALE, UNDO, as_fp32, bytes_times, take
+
+FP8_SCALE, FP8_UNDO = tl.constexpr(2.0**60), tl.constexpr(2.0**60)
+"""Of x's numbers, and of the sum: together they undo the weights' 2^-120."""
 
 
 @triton.jit
 def gemv_w8a8(
-    x, codes, scales, static, bias, norm, residual, out,
-    N: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    eps: tl.constexpr, offset: tl.constexpr, MUL_FP32: tl.constexpr, KIND: tl.constexpr, FP8: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, x_scale, codes, scales, bias, residual, out,
+    N: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, GATE: tl.constexpr,
+    FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out (N,) = gate(weight · round(norm(x)) + bias) + residual: the row's codes times ``codes`` (N, K), (2N, K) with
-    KIND, of FP8 or int8, scaled; scales (K / GROUP, N / SHARED).
+    """out (N,) = gate(weight · x + bias) + residual: the row's codes x (K,) with their scale x_scale (1,) times
+    ``codes`` (N, K), (2N, K) with GATE, of FP8 or int8; scales (K / GROUP, N / SHARED).
 
-    x (K,) is rounded as ``llmopt.round_activations`` does, by ``static`` (1,) or its own scale, after the RMSNorm of
-    ``norm`` (K,) where there is one. A program makes the codes once, holds them in registers, and walks STEPS tiles of
-    ROWS outputs; the first tile is loaded before the wait for x, each other one before the one before is
-    multiplied. Products are of fp32, exact; sums of CHUNK columns meet the scales of groups.
-    Floor: the codes' N · K bytes.
+    A program owns ROWS outputs and takes BLOCK times 8 codes of each a step, loaded before the products of the step
+    before it, the first before the wait for x. Floor: the codes' N · K bytes.
     """
-    k = tl.arange(0, BLOCK)
-    lane = tl.arange(0, ROWS)
-    first = tl.program_id(0) * (ROWS * STEPS)
-    w = tile_of(codes, first + lane, k, N, K, BLOCK, ROWS * STEPS)
-    if KIND is not None:
-        u = tile_of(codes + N * K, first + lane, k, N, K, BLOCK, ROWS * STEPS)
-    if norm is not None:
-        s = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32) + offset
+    LENGTH: tl.constexpr = K // 8
+    EVEN: tl.constexpr = N % ROWS == 0 and LENGTH % BLOCK == 0
+    TABLE: tl.constexpr = (N if GATE is None else 2 * N) // SHARED
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.where(n < N, n, 0)
+    e = tl.arange(0, BLOCK)
+    at = codes.to(tl.pointer_type(tl.int64), bitcast=True) + row.to(tl.int64)[:, None] * LENGTH + e[None, :]
+    w = take(at, e, LENGTH, EVEN)
+    u = w
+    if GATE is not None:
+        u = take(at + N * LENGTH, e, LENGTH, EVEN)
     pdl_release(PDL)
     pdl_wait(PDL)
-    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    if norm is not None:
-        v = v * tl.rsqrt(tl.sum(v * v, 1)[:, None] / K + eps)
-        if not MUL_FP32:  # as ``norm`` rounds
-            v = v.to(x.dtype.element_ty).to(tl.float32)
-            s = s.to(x.dtype.element_ty).to(tl.float32)
-        v = (v * s[None, :]).to(x.dtype.element_ty).to(tl.float32)
-    used = row_scale(v, static, FP8)
-    a = to_codes(v, used, FP8)
-    used = tl.sum(used, 0)
-    for step in range(STEPS):
-        n = first + step * ROWS + lane
-        now = w
-        if step + 1 < STEPS:
-            w = tile_of(codes, n + ROWS, k, N, K, BLOCK, ROWS * STEPS)
-        total = row_sums(now, a, scales, n, N, 0, K, SHARED, GROUP, CHUNK, FP8, KIND is not None) * used
-        ok = n < N
-        if bias is not None:
-            total += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
-        if KIND is not None:
-            then = u
-            if step + 1 < STEPS:
-                u = tile_of(codes + N * K, n + ROWS, k, N, K, BLOCK, ROWS * STEPS)
-            more = row_sums(then, a, scales, n, N, N, K, SHARED, GROUP, CHUNK, FP8, True) * used
-            if bias is not None:
-                more += tl.load(bias + N + n, mask=ok, other=0.0).to(tl.float32)
-            total = activation(total, KIND) * more
-        if residual is not None:
-            rest = tl.load(residual + n, mask=ok, other=0.0).to(tl.float32)
-            total = total.to(out.dtype.element_ty).to(tl.float32) + rest
-        tl.store(out + n, total.to(out.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def tile_of(codes, n, k, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr):
-    """Codes (ROWS, BLOCK) of the outputs n, as bytes; 0 where there are none."""
-    at = codes + n[:, None].to(tl.int64) * K + k[None, :]
-    if N % SPAN == 0 and BLOCK == K:
-        found = tl.load(at, eviction_policy="evict_first")
-    else:
-        found = tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0, eviction_policy="evict_first")
-    return found
-
-
-@triton.jit
-def row_sums(
-    w, a, scales, n, N: tl.constexpr, UPS: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
-    CHUNK: tl.constexpr, FP8: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """Scaled sums (ROWS,) of a tile's codes times a (1, BLOCK); the weight's rows are n + UPS."""
-    TABLE: tl.constexpr = (2 * N if GATED else N) // SHARED
-    row = (tl.where(n < N, n, 0) + UPS) // SHARED
-    numbers = fp8_bytes(w, 0, tl.bfloat16) if FP8 else signed_bytes(w, 0, tl.bfloat16)
-    products = numbers.to(tl.float32) * a
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    more = total
+    for start in range(0, LENGTH, BLOCK):
+        here, there = w, u
+        following = start + BLOCK
+        if following < LENGTH:
+            w = take(at + following, following + e, LENGTH, EVEN)
+            if GATE is not None:
+                u = take(at + N * LENGTH + following, following + e, LENGTH, EVEN)
+        i = start + e
+        words = tl.load(x.to(tl.pointer_type(tl.int64), bitcast=True) + i, mask=i < LENGTH, other=0)
+        left, some = four_of(words.to(tl.int32), FP8)
+        right, others = four_of((words >> 32).to(tl.int32), FP8)
+        spot = (tl.minimum(i, LENGTH - 1) * 8 // GROUP * TABLE)[None, :]
+        part = times(here, left, right, some + others, FP8)
+        total += part if GROUP == K else part * tl.load(scales + spot + (row // SHARED)[:, None]).to(tl.float32)
+        if GATE is not None:
+            part = times(there, left, right, some + others, FP8)
+            up = ((N + row) // SHARED)[:, None]
+            more += part if GROUP == K else part * tl.load(scales + spot + up).to(tl.float32)
+    used = tl.load(x_scale).to(tl.float32) * (FP8_UNDO if FP8 else UNDO)
+    ok = n < N
+    result = tl.sum(total, 1) * used
     if GROUP == K:
-        sums = tl.sum(products, 1) * tl.load(scales + row).to(tl.float32)
+        result *= tl.load(scales + row // SHARED).to(tl.float32)
+    if bias is not None:
+        result += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
+    if GATE is not None:
+        other = tl.sum(more, 1) * used
+        if GROUP == K:
+            other *= tl.load(scales + (N + row) // SHARED).to(tl.float32)
+        if bias is not None:
+            other += tl.load(bias + N + n, mask=ok, other=0.0).to(tl.float32)
+        result = activation(result, GATE) * other
+    if residual is not None:
+        rest = tl.load(residual + n, mask=ok, other=0.0).to(tl.float32)
+        result = result.to(out.dtype.element_ty).to(tl.float32) + rest
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def four_of(word, FP8: tl.constexpr):
+    """The numbers of a word's four codes of x, scaled for the weights' codes, and their sum as products are scaled."""
+    a, b, c, d = number(word, FP8), number(word >> 8, FP8), number(word >> 16, FP8), number(word >> 24, FP8)
+    if FP8:
+        return (a * FP8_SCALE, b * FP8_SCALE, c * FP8_SCALE, d * FP8_SCALE), a
     else:
-        PIECES: tl.constexpr = w.shape[1] // CHUNK
-        piece = tl.arange(0, PIECES)[None, :] * CHUNK
-        s = tl.load(scales + tl.minimum(piece, K - 1) // GROUP * TABLE + row[:, None]).to(tl.float32)
-        sums = tl.sum(tl.sum(tl.reshape(products, (w.shape[0], PIECES, CHUNK)), 2) * s, 1)
-    return sums
+        low: tl.constexpr = 2.0**80
+        high: tl.constexpr = 2.0**72
+        return (a * low, b * high, c * low, d * high), ((a + b) + (c + d)) * SCALE
 
 
-def tile(n: int, k: int, gated: bool) -> dict[str, int]:
-    """Outputs of a tile, tiles of a program and warps for a shape nobody measured: 32 bytes of codes a thread in
-    flight, and several tiles, so that the row is rounded once for as many outputs."""
-    block = max(pow2(k), 32)
-    warps = max(1, min(16, block // 512))
-    rows = 1024 * warps // block // (2 if gated else 1)
-    return {"rows": max(1, rows), "steps": 8 if n >= 4096 else 4, "warps": warps}
+@triton.jit
+def number(word, FP8: tl.constexpr):
+    """The code in a word's lowest byte, in fp32."""
+    code = word.to(tl.int8)
+    return code.to(tl.float8e4nv, bitcast=True).to(tl.float32) if FP8 else code.to(tl.float32)
+
+
+@triton.jit
+def times(elements, left, right, sums, FP8: tl.constexpr):
+    """Sums of the eight codes of each element (ROWS, BLOCK) times columns of x, of which ``sums`` is the sum."""
+    low, high = elements.to(tl.int32), (elements >> 32).to(tl.int32)
+    if FP8:
+        return e4m3_times(low, left) + e4m3_times(high, right)
+    else:
+        found = bytes_times(low, left[0], left[1], left[2], left[3])
+        found += bytes_times(high, right[0], right[1], right[2], right[3])
+        return found - (128 * sums)[None, :]
+
+
+@triton.jit
+def e4m3_times(word, a):
+    """A word's four E4M3 codes, from the low end, times 2^-120 and four columns."""
+    found = e4m3(word << 24) * a[0][None, :]
+    found += e4m3(word << 16) * a[1][None, :]
+    found += e4m3(word << 8) * a[2][None, :]
+    return found + e4m3(word) * a[3][None, :]
+
+
+@triton.jit
+def e4m3(word):
+    """The E4M3 code in a word's highest byte times 2^-120: the arithmetic shift leaves its sign."""
+    return as_fp32((word >> 4) & -2014314496)  # 0x87F00000
+
+
+def tile(k: int, gated: bool) -> dict[str, int]:
+    """Outputs, elements a step and warps of a program nobody measured."""
+    block = min(128, pow2(k // 8))
+    return {"rows": 2 if gated else 4, "block": block, "warps": max(1, block // 64)}
 
 
 @dataclass(frozen=True)
 class GemvW8A8:
-    """``cuda.linear_8`` of one row of numbers, which its programs round to codes."""
+    """``cuda.linear_8`` of one row of codes."""
 
     name: str = "gemv_w8a8"
     ops: tuple[str, ...] = (LINEAR_8,)
@@ -140,33 +163,27 @@ class GemvW8A8:
         v: Any = site.values
         x, codes, gate, (out,) = v["x"], v["codes"], v["gate"], site.outputs
         layout, k, n, group = rows_of(x), codes.shape[1], out.shape[-1], v["block_k"]
-        if v["x_scale"] is not None:
-            return "it rounds its input itself"
         if layout is None or layout[0] != 1:
             return "more than one row"
-        if k > LONGEST_ROW:
-            return f"a row of {k} does not fit registers"
+        if k % 8 or x.offset % 8 or (group < k and group % 8):
+            return f"rows or groups of {k} and {group} columns are no multiple of 8"
         if gate is not None and gate not in ACTIVATIONS:
             return f"activation {gate}"
-        key = quantized_form(v, k)
-        tuned = find_linear(site.tuning, self.name, key, 1, codes.shape[0], k, linear_form(v))
-        c = tuned.config if tuned else tile(n, k, gate is not None)
-        block = max(pow2(k), 32)
+        tuned = find_linear(site.tuning, self.name, quantized_form(v, k), 1, codes.shape[0], k, linear_form(v))
+        c = tuned.config if tuned else tile(k, gate is not None)
         constants = {
-            "N": n, "K": k, "SHARED": v["block_n"], "GROUP": group, "CHUNK": min(chunk_of(8, group, k), block),
-            "eps": float(v["eps"]), "offset": float(v["offset"]), "MUL_FP32": bool(v["mul_in_fp32"]), "KIND": gate,
-            "FP8": v["format"] == "fp8_e4m3", "ROWS": c["rows"], "STEPS": c["steps"], "BLOCK": block,
+            "N": n, "K": k, "SHARED": v["block_n"], "GROUP": group, "GATE": gate, "FP8": v["format"] == "fp8_e4m3",
+            "ROWS": c["rows"], "BLOCK": c["block"],
         }  # fmt: skip
         tensors = {
-            "x": x, "codes": replace(codes, dtype="uint8"), "scales": v["scales"], "static": v["input_scale"],
-            "bias": v["bias"], "norm": v["norm"], "residual": v["residual"], "out": out,
+            "x": x, "x_scale": v["x_scale"], "codes": codes, "scales": v["scales"], "bias": v["bias"],
+            "residual": v["residual"], "out": out,
         }  # fmt: skip
         moved = nbytes(codes, v["scales"], x, out)
-        grid = (cdiv(n, c["rows"] * c["steps"]),)
-        made = launch(site.arch, gemv_w8a8, grid, tensors, constants, warps=c["warps"], moved=moved)
-        why = f"{scheme(v, k)}, one row: {c['rows']} outputs a tile, {c['steps']} tiles a program"
+        made = launch(site.arch, gemv_w8a8, (cdiv(n, c["rows"]),), tensors, constants, warps=c["warps"], moved=moved)
+        why = f"{scheme(v, k)}, one row: {c['rows']} outputs a program"
         why += f", {tuned.note}" if tuned else ", modelled"
-        cost = modelled_us(moved, site.arch, efficiency=0.95) - LAUNCH_US / 2
+        cost = modelled_us(moved, site.arch, efficiency=0.85) - LAUNCH_US / 2
         return Selection((made,), why, tuned.us if tuned else cost)
 
 

@@ -78,29 +78,32 @@ def gemm_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
 
 
 def gemm_q(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """Any rows over int4 or int8 weights: programs between 0.75 and 8 a multiprocessor."""
-    bm = max(16, min(128, 1 << (m - 1).bit_length()))
+    """Any rows over codes of weights: programs between 0.75 and 8 a multiprocessor. The last of a shape: whether
+    weights are scaled before the product."""
+    bm = max(16, 1 << (m - 1).bit_length())
     if m <= 64:
-        shapes = [(bm, 64, 4, 3), (bm, 64, 4, 5), (bm, 128, 4, 3), (bm, 128, 4, 4), (bm, 128, 8, 3)]
+        shapes = [(bm, 64, 4, 3, 0), (bm, 64, 4, 5, 0), (bm, 128, 4, 3, 0), (bm, 128, 4, 4, 0), (bm, 128, 8, 3, 0)]
     else:  # four warps spill over tiles of 128x128
-        shapes = [(bm, 64, 4, 3), (bm, 64, 4, 4), (bm, 64, 8, 3), (bm, 128, 8, 3), (bm, 128, 8, 4)]
-    for (rows, columns, warps, stages), split in product(shapes, (1, 2, 4, 8)):
+        shapes = [(64, 64, 4, 3, 0), (128, 64, 4, 3, 0), (128, 64, 4, 4, 0), (64, 128, 8, 3, 1), (128, 128, 8, 3, 1)]
+    for (rows, columns, warps, stages, scaled), split in product(shapes, (1, 2, 4, 8)):
         programs = cdiv(n, columns) * cdiv(m, rows) * split
         narrow = gated and columns < 128
         if not narrow and k >= 512 * split and programs >= 96 and (programs <= 1056 or split == 1):
-            ahead = 256 if m <= 64 else 0
-            yield {"BM": rows, "BN": columns, "SPLIT": split, "AHEAD": ahead, "warps": warps, "stages": stages}
+            yield {"BM": rows, "BN": columns, "SPLIT": split, "AHEAD": 256 if m <= 64 else 0, "SCALED": scaled,
+                   "warps": warps, "stages": stages}  # fmt: skip
+
+
+def gemv_q(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """One row over integer weights: 8 or 16 bytes of each output's codes a thread."""
+    for warps, each, rows in product((1, 2, 4), (1, 2), (1, 2, 4, 8, 16)):
+        held = rows * each * (2 if gated else 1)
+        if m == 1 and 4 <= held <= 16 and k >= 512 * warps:
+            yield {"rows": rows, "block": 32 * each * warps, "warps": warps}
 
 
 def gemv_w8a8(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """One row that is rounded in the program: outputs of a tile, tiles of a program, warps, at most 64 bytes of codes a
-    thread in flight."""
-    block = 1 << (k - 1).bit_length()
-    for warps, rows, steps in product((4, 8, 16), (1, 2, 4, 8), (2, 4, 8, 16)):
-        held = rows * block * (2 if gated else 1) // (32 * warps)
-        outputs = n // 2 if gated else n
-        if m == 1 and 16 <= held <= 64 and block // (32 * warps) <= 64 and cdiv(outputs, rows * steps) >= 132:
-            yield {"rows": rows, "steps": steps, "warps": warps}
+    """One row of codes: as gemv_q."""
+    yield from gemv_q(m, n, k, gated)
 
 
 def gemm_w8a8(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
@@ -140,6 +143,7 @@ def gemm_w8a8_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config
 
 CODES: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemm_q": gemm_q,
+    "gemv_q": gemv_q,
     "gemv_w8a8": gemv_w8a8,
     "gemm_w8a8": gemm_w8a8,
     "gemm_w8a8_persistent": gemm_w8a8_persistent,

@@ -14,33 +14,34 @@ PLAIN = "bfloat16"
 
 def crossovers(calls: Iterable[OpCall], program: Program, table: Table) -> list[dict[str, Any]]:
     """One entry a shape of the quantized linears among ``calls``: ``weights`` (a tuning key's format), ``n``, ``k``,
-    ``gated``, and what ``crossover`` says of it."""
+    and what ``crossover`` says of it."""
     shapes = {}
     for call in calls:
         codes = call.args.get("codes")
         if isinstance(codes, Ref) and "block_k" in call.args:
             n, k = (int(extent) for extent in program.weights[codes.name].type.shape)
-            kind, gated = quantized_form(call.args, k), call.args.get("gate") is not None
-            shapes[kind, n, k, gated] = {"weights": kind, "n": n, "k": k, "gated": gated}
+            kind = quantized_form(call.args, k)
+            shapes[kind, n, k] = {"weights": kind, "n": n, "k": k}
     return [{**shapes[at], **crossover(table, *at)} for at in sorted(shapes)]
 
 
-def crossover(table: Table, kind: str, n: int, k: int, gated: bool) -> dict[str, Any]:
+def crossover(table: Table, kind: str, n: int, k: int) -> dict[str, Any]:
     """``rows``: the fewest measured rows from which on bfloat16 takes no longer, None when it always does; ``us``: by
-    rows, the fastest quantized and bfloat16 kernel of this very shape, empty where not both are measured."""
-    ours, plain = times(table, kind, n, k, gated), times(table, PLAIN, n, k, gated)
+    rows, the fastest quantized and bfloat16 kernel of this very shape, whatever is joined to it; empty where not both
+    are measured."""
+    ours, plain = times(table, kind, n, k), times(table, PLAIN, n, k)
     both = {m: (ours[m], plain[m]) for m in sorted(ours.keys() & plain.keys())}
     slower = [m for m in both if all(b <= a for rows, (a, b) in both.items() if rows >= m)]
     return {"rows": min(slower, default=None), "us": {str(m): list(pair) for m, pair in both.items()}}
 
 
-def times(table: Table, kind: str, n: int, k: int, gated: bool) -> Mapping[int, float]:
+def times(table: Table, kind: str, n: int, k: int) -> Mapping[int, float]:
     """Microseconds of the fastest kernel over weights of a kind and shape, by rows."""
     found: dict[int, float] = {}
     for entries in table.values():
         for key, config in entries.items():
-            known, extents, *form = key.split(" ")
-            if known == kind and "us" in config and extents.endswith(f"x{n}x{k}") and ("gated" in form) == gated:
+            known, extents, *_ = key.split(" ")
+            if known == kind and "us" in config and extents.endswith(f"x{n}x{k}"):
                 m = int(extents.partition("x")[0])
                 found[m] = min(config["us"], found.get(m, config["us"]))
     return found

@@ -26,8 +26,9 @@ from llmopt.recipe import load_recipe, parse_recipe
 from llmopt.registry import load_executor_module, load_target
 from llmopt.runtime.protocol import FloatArray, IntArray
 from llmopt.target import LoadOptions
-from tests.architectures import ARCHITECTURES, make_model
-from tests.targets.cuda.gpu.cases import CASES, CONTEXT, LENGTHS, RUNS, rms_errors
+from tests.architectures import ARCHITECTURES, make_checkpoint, make_model
+from tests.frontend.quantized import gpt_oss_pair
+from tests.targets.cuda.gpu.cases import CASES, CODED, CONTEXT, LENGTHS, RUNS, rms_errors
 from tests.targets.cuda.gpu.trained import build_trained
 from tests.targets.ragged import RaggedDriver
 
@@ -36,6 +37,23 @@ TARGET = ("target: cuda\n", "target: reference\n")
 SKEW = {"skewed": (4.0,), "empty": (4.0, 3.0)}
 """Router weights of the first experts on the channel that is large and positive in every token: under ``skewed`` one
 expert is everyone's first choice, under ``empty`` two are everyone's choice and the others get no token."""
+
+PLAIN = load_recipe("bf16-cuda").text
+INT4 = load_recipe("int4-cuda").text.replace("group_size: 128", "group_size: 32")
+INT8, FP8 = load_recipe("int8-cuda").text, load_recipe("fp8-cuda").text
+KV8 = load_recipe("bf16-kv8-cuda").text.replace("format: fp8_e4m3", "format: fp8_e4m3\n    scales: unit")
+QUANTIZERS = {
+    "int4": INT4,
+    "zeros": INT4.replace("group_size: 32", "group_size: 32\n    symmetric: false"),
+    "int8": INT8,
+    "fp8_weights": INT8.replace("bits: 8", "format: fp8_e4m3"),
+    "fp8": FP8,
+    "w8a8": load_recipe("w8a8-cuda").text.replace("- smoothquant\n", ""),
+    "kv_fp8": KV8,
+    "kv_int8": KV8.replace("format: fp8_e4m3", "format: int8"),
+    "mxfp4": PLAIN,
+}
+"""The recipes of CODED, by the end of a case's name."""
 
 
 def cases() -> dict[str, Callable[[], Any]]:
@@ -66,9 +84,9 @@ def sequences(vocab_size: int) -> list[IntArray]:
     return [random.integers(0, vocab_size, n).astype(np.int64) for n in LENGTHS]
 
 
-def reference_logits(checkpoint: Path, dtype: str, tokens: list[IntArray], run: int) -> list[FloatArray]:
+def reference_logits(checkpoint: Path, text: str, dtype: str, tokens: list[IntArray], run: int) -> list[FloatArray]:
     """Logits of each sequence through the reference target, fed as in a run: longrope depends on the chunks."""
-    recipe = parse_recipe(load_recipe("bf16-cuda").text.replace(*TARGET).replace("dtype: bfloat16", f"dtype: {dtype}"))
+    recipe = parse_recipe(text.replace(*TARGET).replace("dtype: bfloat16", f"dtype: {dtype}"))
     module = capture(load_checkpoint(checkpoint), recipe.torch_dtype, CONTEXT).module
     PassManager().run(module, recipe.passes, pass_context(load_target("reference"), recipe))
     module.prune_weights()
@@ -80,22 +98,39 @@ def reference_logits(checkpoint: Path, dtype: str, tokens: list[IntArray], run: 
     return RaggedDriver(executor).logits(tokens, list(prompts), chunk)
 
 
-def build(case: str, model: Any, folder: Path) -> None:
-    """One artifact and what it is to compute."""
+def build(case: str, checkpoint: Path, text: str, folder: Path) -> None:
+    """One artifact and what it is to compute. ``text``: a recipe for cuda in bfloat16."""
+    tokens = sequences(load_checkpoint(checkpoint).config["vocab_size"])
+    arrays: dict[str, Any] = {f"tokens_{i}": t for i, t in enumerate(tokens)}
+    for run in range(len(RUNS)):
+        expected = reference_logits(checkpoint, text, "float32", tokens, run)
+        rounded = reference_logits(checkpoint, text, "bfloat16", tokens, run)
+        arrays[f"rms_{run}"] = rms_errors(case, rounded, expected)
+        arrays |= {f"logits_{run}_{i}": x for i, x in enumerate(expected)}
+    several = re.sub(r"block_size: \d+", "block_size: 16", text)  # blocks of a sequence
+    compile_checkpoint(
+        checkpoint, parse_recipe(several.replace(*OPTIONS)), folder / case, CompileOptions(max_context=CONTEXT)
+    )
+    np.savez(folder / f"{case}.npz", **arrays)
+
+
+def build_plain(case: str, model: Any, folder: Path) -> None:
+    """A case in bfloat16."""
+    with TemporaryDirectory() as place:
+        model.to(torch.bfloat16).save_pretrained(place)
+        build(case, Path(place), PLAIN, folder)
+
+
+def build_coded(case: str, folder: Path) -> None:
+    """A case over codes."""
+    architecture, _, quantizer = case.rpartition("-")
     with TemporaryDirectory() as place:
         checkpoint = Path(place)
-        model.to(torch.bfloat16).save_pretrained(checkpoint)
-        tokens = sequences(model.config.vocab_size)
-        arrays: dict[str, Any] = {f"tokens_{i}": t for i, t in enumerate(tokens)}
-        for run in range(len(RUNS)):
-            expected = reference_logits(checkpoint, "float32", tokens, run)
-            rounded = reference_logits(checkpoint, "bfloat16", tokens, run)
-            arrays[f"rms_{run}"] = rms_errors(case, rounded, expected)
-            arrays |= {f"logits_{run}_{i}": x for i, x in enumerate(expected)}
-        text = re.sub(r"block_size: \d+", "block_size: 16", load_recipe("bf16-cuda").text)  # several a sequence
-        recipe = parse_recipe(text.replace(*OPTIONS))
-        compile_checkpoint(checkpoint, recipe, folder / case, CompileOptions(max_context=CONTEXT))
-    np.savez(folder / f"{case}.npz", **arrays)
+        if quantizer == "mxfp4":
+            checkpoint = gpt_oss_pair(checkpoint).path
+        else:
+            make_checkpoint(architecture, checkpoint, torch.bfloat16)
+        build(case, checkpoint, QUANTIZERS[quantizer], folder)
 
 
 def main(folder: Path, wanted: list[str]) -> None:
@@ -104,7 +139,11 @@ def main(folder: Path, wanted: list[str]) -> None:
     makers = cases()
     for case in CASES:
         if not wanted or case in wanted:
-            build(case, makers[case](), folder)
+            build_plain(case, makers[case](), folder)
+            print(case, np.load(folder / f"{case}.npz")["rms_0"], flush=True)
+    for case in CODED:
+        if not wanted or case in wanted:
+            build_coded(case, folder)
             print(case, np.load(folder / f"{case}.npz")["rms_0"], flush=True)
     build_trained(folder, wanted)
 

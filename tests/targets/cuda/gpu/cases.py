@@ -15,6 +15,12 @@ CASES = (
 )  # fmt: skip
 """Every architecture of the conformance suite, and expert routers under uneven loads."""
 
+CODED = (
+    "llama-int4", "llama-zeros", "llama-int8", "llama-fp8_weights", "llama-fp8", "llama-w8a8", "qwen3-kv_fp8",
+    "llama-tied-kv_int8", "mixtral-int4", "gpt_oss-mxfp4",
+)  # fmt: skip
+"""Models over codes: of weights, of activations too, of keys and values, of experts, as stored by a gpt-oss."""
+
 CONTEXT = 64
 LENGTHS = (61, 30, 45)
 RUNS = (((40, 1, 20), 4), ((33, 16, 30), 13))

@@ -45,9 +45,12 @@ class Recorder:
         arrays = {f"before.{name}": x for name, x in before.items()}
         arrays |= {f"after.{name}": x for name, x in after.items() if not np.array_equal(x, before[name])}
         number = len(self.entries)
-        np.savez(self.folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(self.folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]
         test = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0].rpartition("::")[2]
         types = {name: harness.dtype_name(memory.flat[name].dtype) for name in names}
+        for (_, type_), arg in zip(launch.specialization.signature, launch.args):
+            if isinstance(arg, Scratch) and type_ == "*fp64":  # the memory knows words only
+                types[arg.name] = "float64"
         self.entries.append({"test": test, "grid": launch.grid, "args": args, "types": types})
         self.specializations.append(launch.specialization)
 
@@ -71,17 +74,17 @@ def argument(arg: Any, type_: str, memory: harness.Memory) -> dict[str, Any]:
             memory.scratch(arg)
             return {"kind": "pointer", "buffer": arg.name, "offset": 4 * harness.GUARD}
         case Strided():
-            return {"kind": "pointer", "buffer": arg.buffer, "offset": place(arg)}
+            return {"kind": "pointer", "buffer": arg.buffer, "offset": place(arg, memory)}
         case TmaOperand(value=value):
             strides = [s * dtype_bytes(value.dtype) for s in value.strides]
             shape = {"dtype": value.dtype, "shape": list(value.shape), "strides": strides}
-            return {"kind": "map", "buffer": value.buffer, "offset": place(value), **shape}
+            return {"kind": "map", "buffer": value.buffer, "offset": place(value, memory), **shape}
     return {"kind": "scalar", "type": type_, "value": arg}
 
 
-def place(value: Strided) -> int:
-    """Byte offset of a value in its guarded buffer."""
-    return (harness.GUARD + value.offset) * dtype_bytes(value.dtype)
+def place(value: Strided, memory: harness.Memory) -> int:
+    """Byte offset of a value in its guarded buffer, whose elements may be of another size."""
+    return harness.GUARD * memory.flat[value.buffer].element_size() + value.offset * dtype_bytes(value.dtype)
 
 
 def raw(memory: harness.Memory, name: str) -> npt.NDArray[np.uint8]:

@@ -21,7 +21,14 @@ from llmopt.launch import Cubin, Launch, Pointer, Scalar, TensorMap
 from llmopt.runtime.executors.cuda.driver import call, open_device
 from llmopt.runtime.executors.cuda.launches import BoundLaunch, Kernels
 
-TOLERANCE = {"bfloat16": 2.0**-6, "float16": 2.0**-9, "float32": 2.0**-9, "int8": 2.0**-6, "float8_e4m3fn": 2.0**-3}
+TOLERANCE = {
+    "bfloat16": 2.0**-6,
+    "float16": 2.0**-9,
+    "float32": 2.0**-9,
+    "float64": 2.0**-9,
+    "int8": 2.0**-6,
+    "float8_e4m3fn": 2.0**-3,
+}
 """Of a buffer's largest entry: the interpreter sums in another order and has other exponentials, and what float32
 buffers hold was rounded to bfloat16 on the way (attention's weights). Codes of eight bits may be a step away."""
 

@@ -14,7 +14,7 @@ from llmopt.runtime.executors.cuda import load
 from llmopt.runtime.executors.cuda.driver import call
 from llmopt.runtime.protocol import FloatArray, SeqStep, StepBatch
 from llmopt.target import LoadOptions
-from tests.targets.cuda.gpu.cases import CASES, CONTEXT, LENGTHS, RUNS, rms_errors
+from tests.targets.cuda.gpu.cases import CASES, CODED, CONTEXT, LENGTHS, RUNS, rms_errors
 from tests.targets.ragged import RaggedDriver
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +53,7 @@ def tolerance(folder: Path, case: str, run: int) -> float:
 
 
 @pytest.mark.parametrize("run", range(len(RUNS)))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + CODED)
 def test_logits_are_as_near_to_fp32_as_bfloat16_is(case: str, run: int, artifacts: Path) -> None:
     found, limit = errors(artifacts, case, run), tolerance(artifacts, case, run)
     print(f"{case} run {run}: {found.round(5)} of {limit:.5f}")

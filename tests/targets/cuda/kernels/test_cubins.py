@@ -24,6 +24,7 @@ from targets.cuda.kernels import (
     gemm_w8a8,
     gemm_w8a8_persistent,
     gemv,
+    gemv_q,
     gemv_w8a8,
     moe,
     moe_q,
@@ -71,13 +72,13 @@ def quantized(
 def coded(
     m: int, n: int, k: int, format: str = "fp8_e4m3", block: int = 0, **parts: Any
 ) -> tuple[str, dict[str, Any], tuple[Strided, ...], str]:
-    """A linear over codes; one row comes in numbers. ``block``: rows and columns of a scale, 0: a scale a channel."""
+    """A linear over codes. ``block``: rows and columns of a scale, 0: a scale a channel."""
     kind = CODES[format]
     values = {
-        "x": bf16("x", 1, m, k) if m == 1 else dense("x", kind, 1, m, k), "input_scale": None, "round": format,
-        "x_scale": None if m == 1 else dense("t", "float32", 1, m), "codes": dense("c", kind, n, k), "bias": None,
+        "x": dense("x", kind, 1, m, k), "input_scale": None, "round": format,
+        "x_scale": dense("t", "float32", 1, m), "codes": dense("c", kind, n, k), "bias": None,
         "scales": bf16("s", k // (block or k), n // (block or 1)), "format": "int" if format == "int8" else format,
-        "bits": 8, "block_n": block or 1, "block_k": block or k, **NOTHING_JOINED, "eps": 1e-5, **parts,
+        "bits": 8, "block_n": block or 1, "block_k": block or k, **NOTHING_JOINED, **parts,
     }  # fmt: skip
     return LINEAR_8, values, (bf16("out", 1, m, n // 2 if "gate" in parts else n),), "decode"
 
@@ -235,8 +236,11 @@ CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
     (gemm_persistent.KERNEL, joined(8192, 512, 2048, gate="silu")),
     (gemm_persistent.KERNEL, joined(4096, 512, 2048, residual=bf16("r", 1, 2048, 4096))),
     *((gemm_q.KERNEL, call) for call in QUANTIZED),
+    (gemv_q.KERNEL, quantized(1, 6144, 4096, 4, 128)),
+    (gemv_q.KERNEL, quantized(1, 28672, 4096, 4, 64, True, gate="silu")),
+    (gemv_q.KERNEL, quantized(1, 4096, 14336, 8, 14336, residual=bf16("r", 1, 1, 4096))),
     *EIGHT_BITS,
-    (gemv_w8a8.KERNEL, coded(1, 28672, 4096, norm=bf16("g", 4096), gate="silu")),
+    (gemv_w8a8.KERNEL, coded(1, 28672, 4096, gate="silu")),
     (gemv_w8a8.KERNEL, coded(1, 4096, 14336, "int8", residual=bf16("r", 1, 1, 4096))),
     (gemm_w8a8.KERNEL, coded(8, 6144, 4096)),
     (norm.KERNEL, rounded(NORM_ROUNDED, 4096, "int8", round="int8", **NORMED)),

@@ -1,4 +1,4 @@
-"""Linears over int4, int8 and FP8 weights, alone and joined with norm, gate and residual, against float64."""
+"""Linears over int4, int8 and FP8 weights, alone and joined with gate and residual, against float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llmopt.ir.ops.linear import dequantize
 from targets.cuda.fusion import LINEAR_Q
-from targets.cuda.kernels import gemm_q
+from targets.cuda.kernel import Kernel
+from targets.cuda.kernels import gemm_q, gemv_q
 from targets.cuda.pack import chunk_of, pack_codes
 from targets.cuda.tuning import linear_form, linear_key, quantized_form
 from tests.targets.cuda.kernels.harness import close, run
@@ -19,7 +20,7 @@ from tests.targets.cuda.kernels.test_fused_linear_kernels import ACTIVATIONS, BF
 
 def operands(
     m: int, n: int, k: int, bits: int = 4, group: int = 32, *, zeros: bool = False, dtype: torch.dtype = BF16,
-    bias: bool = False, norm: bool = False, offset: float = 0.0, gate: str | None = None, residual: bool = False,
+    bias: bool = False, gate: str | None = None, residual: bool = False,
     fp8: bool = False, shared: int = 1, plain: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """x (1, m, k), unpacked codes (n or 2n, k), scales and zeros (n or 2n over shared, k / group), and what the call
@@ -36,7 +37,7 @@ def operands(
         "zeros": integers(random, 2**bits, rows, k // group) if zeros else None, "bias": draw(rows) if bias else None,
         "g_idx": None, "format": "fp8_e4m3" if fp8 else "int", "bits": bits, "block_n": shared, "block_k": group,
         "plain": plain,
-        "norm": draw(k) if norm else None, "eps": 1e-3, "offset": offset, "gate": gate,
+        "gate": gate,
         "residual": draw(1, m, n) if residual else None,
     }  # fmt: skip
 
@@ -46,14 +47,10 @@ def integers(random: torch.Generator, top: int, *shape: int) -> Tensor:
 
 
 def exact(v: dict[str, Any]) -> Tensor:
-    """The call in float64; a normed input is rounded before it is multiplied, as the kernel rounds it."""
+    """The call in float64."""
     x = v["x"].double()
-    root = torch.ones(())
-    if v["norm"] is not None:
-        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + v["eps"])
-        x = (v["x"].float() * (v["norm"].float() + v["offset"])).to(v["x"].dtype).double()
     weight = dequantize(*(v[name] for name in QUANTIZATION)).double()
-    out = torch.nn.functional.linear(x, weight) * root
+    out = torch.nn.functional.linear(x, weight)
     if v["bias"] is not None:
         out = out + v["bias"].double()
     if v["gate"] is not None:
@@ -62,8 +59,8 @@ def exact(v: dict[str, Any]) -> Tensor:
     return out if v["residual"] is None else out + v["residual"].double()
 
 
-def compute(v: dict[str, Any], config: dict[str, int] | None = None) -> Tensor:
-    """The kernel over packed weights, with a configuration as if it had been tuned."""
+def compute(v: dict[str, Any], config: dict[str, int] | None = None, kernel: Kernel = gemm_q.KERNEL) -> Tensor:
+    """A kernel over packed weights, with a configuration as if it had been tuned."""
     (m, k), rows, bits, group = v["x"].shape[1:], v["codes"].shape[0], v["bits"], v["block_k"]
     if v["plain"]:
         stored = v["codes"] if v["format"] != "int" else (v["codes"] ^ 128).view(torch.int8)
@@ -72,10 +69,10 @@ def compute(v: dict[str, Any], config: dict[str, int] | None = None) -> Tensor:
         stored = torch.from_numpy(pack_codes(codes, bits, chunk_of(bits, group, k), v["format"]))
     tables = {name: v[name].T.contiguous() for name in ("scales", "zeros") if v[name] is not None}
     key = linear_key(quantized_form(v, k), m, rows, k, linear_form(v))
-    tuning = {"gemm_q": {key: config}} if config else None
+    tuning = {kernel.name: {key: config}} if config else None
     n = rows if v["gate"] is None else rows // 2
     given = {**v, "codes": stored, **tables}
-    (out,) = run(gemm_q.KERNEL, LINEAR_Q, given, [((1, m, n), v["x"].dtype)], tuning=tuning)
+    (out,) = run(kernel, LINEAR_Q, given, [((1, m, n), v["x"].dtype)], tuning=tuning)
     return out
 
 
@@ -129,12 +126,10 @@ def test_int4_channels() -> None:
 
 
 PARTS: list[dict[str, Any]] = [
-    {"norm": True, "zeros": True},
-    {"norm": True, "offset": 1.0, "bias": True},
     {"residual": True, "bias": True},
     {"gate": "silu", "bias": True, "zeros": True},
-    {"gate": "gelu_tanh", "norm": True},
-    {"gate": "relu", "norm": True, "residual": True},
+    {"gate": "gelu_tanh"},
+    {"gate": "relu", "residual": True},
 ]
 
 
@@ -142,13 +137,46 @@ PARTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(parts))
 def test_joined(parts: dict[str, Any], bits: int, split: int) -> None:
-    v = operands(1 if "norm" in parts else 3, 70, 256, bits, 64, **parts)
+    v = operands(3, 70, 256, bits, 64, **parts)
     close(compute(v, {"BM": 16, "BN": 128, "SPLIT": split, "AHEAD": 0, "warps": 4, "stages": 3}), exact(v))
 
 
-def test_many_tiles() -> None:
-    v = operands(40, 70, 128, 4, 64, zeros=True)
-    close(compute(v, {"BM": 16, "BN": 64, "SPLIT": 2, "AHEAD": 128, "warps": 4, "stages": 3}), exact(v))
+ONE_ROW: list[dict[str, Any]] = [
+    {"bits": 4, "group": 64, "zeros": True},
+    {"bits": 4, "group": 128},
+    {"bits": 4, "group": 384},
+    {"bits": 8, "group": 32, "zeros": True},
+    {"bits": 8, "group": 128},
+    {"bits": 8, "group": 384, "zeros": True},
+]
+
+
+@pytest.mark.parametrize("config", [None, {"rows": 4, "block": 16, "warps": 1}], ids=["modelled", "steps"])
+@pytest.mark.parametrize("form", ONE_ROW, ids=str)
+def test_one_row_by_a_kernel_of_its_own(form: dict[str, Any], config: dict[str, int] | None) -> None:
+    v = operands(1, 17, 384, **form)
+    close(compute(v, config, gemv_q.KERNEL), exact(v))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(parts))
+def test_one_row_joined(parts: dict[str, Any], bits: int) -> None:
+    v = operands(1, 18, 256, bits, 64, **parts)
+    close(compute(v, {"rows": 2, "block": 32, "warps": 1}, gemv_q.KERNEL), exact(v))
+
+
+def test_what_one_row_of_its_own_refuses() -> None:
+    for v in (operands(2, 16, 128), operands(1, 16, 128, 8, 128, fp8=True), operands(1, 16, 128, dtype=FP16)):
+        with pytest.raises(AssertionError):
+            compute(v, None, gemv_q.KERNEL)
+
+
+@pytest.mark.parametrize("scaled", [0, 1])
+def test_many_tiles(scaled: int) -> None:
+    config = {"BM": 16, "BN": 64, "SPLIT": 2, "AHEAD": 128, "SCALED": scaled, "warps": 4, "stages": 3}
+    for bits, group, zeros in ((4, 64, True), (8, 128, False), (8, 128, True)):
+        v = operands(40, 70, 128, bits, group, zeros=zeros)
+        close(compute(v, config), exact(v))
 
 
 @pytest.mark.parametrize("wrong", ["zeros", "scales", "codes"])

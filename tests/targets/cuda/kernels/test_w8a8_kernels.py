@@ -1,4 +1,4 @@
-"""Linears of codes by codes, alone and joined with norm, rounding, gate and residual, against float64."""
+"""Linears of codes by codes, alone and joined with gate and residual, against float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmopt.ir.ops.linear import dequantize
-from llmopt.ir.ops.rounding import LIMITS, round_activations
+from llmopt.ir.ops.rounding import LIMITS
 from targets.cuda.eight_bits import CODES, LINEAR_8
 from targets.cuda.kernel import Kernel
 from targets.cuda.kernels import gemm_w8a8, gemm_w8a8_persistent, gemv_w8a8
@@ -22,11 +22,10 @@ INT8, FP8 = "int8", "fp8_e4m3"
 
 def operands(
     m: int, n: int, k: int, format: str = FP8, group: int = 0, *, shared: int = 1, static: bool = False,
-    numbers: bool = False, dtype: torch.dtype = BF16, bias: bool = False, norm: bool = False, offset: float = 0.0,
-    gate: str | None = None, residual: bool = False,
+    dtype: torch.dtype = BF16, bias: bool = False, gate: str | None = None, residual: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """x (1, m, k) as codes with its scales, or as ``numbers``; codes (n or 2n, k), scales (n or 2n over shared, k /
-    group), and what the call joins."""
+    """x (1, m, k) as codes with its scales; codes (n or 2n, k), scales (n or 2n over shared, k / group), and what the
+    call joins."""
     random = torch.Generator().manual_seed(m * 7919 + n * 31 + k)
 
     def draw(*shape: int) -> Tensor:
@@ -35,15 +34,12 @@ def operands(
     rows, group, kind = n if gate is None else 2 * n, group or k, getattr(torch, CODES[format])
     x, codes, scale = draw(1, m, k), draw(rows, k), torch.rand((1, m), generator=random) / LIMITS[format]
     input_scale = torch.tensor([2 / LIMITS[format]]) if static else None
-    if not numbers:
-        x = whole(60 * x, format).to(kind)
     return {
-        "x": x, "x_scale": None if numbers else input_scale if static else scale,
+        "x": whole(60 * x, format).to(kind), "x_scale": input_scale if static else scale,
         "input_scale": input_scale, "round": format, "codes": whole(60 * codes, format).to(kind),
         "scales": (torch.rand((rows // shared, k // group), generator=random) / 60 + 0.001).to(dtype),
         "bias": draw(rows) if bias else None, "format": "int" if format == INT8 else format, "bits": 8,
-        "block_n": shared, "block_k": group, "norm": draw(k) if norm else None, "eps": 1e-3, "offset": offset,
-        "mul_in_fp32": False, "gate": gate, "residual": draw(1, m, n) if residual else None,
+        "block_n": shared, "block_k": group, "gate": gate, "residual": draw(1, m, n) if residual else None,
     }  # fmt: skip
 
 
@@ -52,15 +48,8 @@ def whole(x: Tensor, format: str) -> Tensor:
 
 
 def exact(v: dict[str, Any]) -> Tensor:
-    """The call in float64; numbers are rounded as the reference rounds them."""
-    if v["x_scale"] is None:
-        x = v["x"].double()
-        if v["norm"] is not None:
-            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + v["eps"])
-            x = x.to(v["x"].dtype).double() * (v["norm"].float() + v["offset"]).to(v["x"].dtype).double()
-        x = round_activations(x.to(v["x"].dtype).float(), v["input_scale"], v["round"]).double()
-    else:
-        x = v["x"].double() * v["x_scale"].double().reshape(-1, 1)
+    """The call in float64."""
+    x = v["x"].double() * v["x_scale"].double().reshape(-1, 1)
     codes = v["codes"] if v["format"] != "int" else (v["codes"].short() + 128).to(torch.uint8)
     weight = dequantize(codes, v["scales"], None, None, v["format"], 8, v["block_n"], v["block_k"]).double()
     out = torch.nn.functional.linear(x, weight)
@@ -146,26 +135,27 @@ def test_scales_of_a_row_and_group_are_left_to_the_other_kernel() -> None:
         compute(gemm_w8a8_persistent.KERNEL, v)
 
 
-NUMBERS: list[dict[str, Any]] = [
-    {},
-    {"norm": True},
-    {"norm": True, "offset": 1.0, "bias": True, "gate": "silu"},
-    {"residual": True},
-]
-
-
 @pytest.mark.parametrize("given", FORMS, ids=str)
-@pytest.mark.parametrize("parts", NUMBERS, ids=lambda parts: "-".join(parts) or "plain")
-def test_one_row_of_numbers(parts: dict[str, Any], given: dict[str, Any]) -> None:
-    """In float16, which the interpreter rounds as the GPU does; it truncates to bfloat16."""
-    v = operands(1, 64, 192, numbers=True, **{**form(given, 128 if "gate" in parts else 64), **parts, "dtype": FP16})
-    close(compute(gemv_w8a8.KERNEL, v, {"rows": 4, "steps": 3, "warps": 1}), exact(v))
+@pytest.mark.parametrize("parts", [{}, *PARTS], ids=lambda parts: "-".join(parts) or "plain")
+def test_one_row(parts: dict[str, Any], given: dict[str, Any]) -> None:
+    v = operands(1, 64, 192, **{**form(given, 128 if "gate" in parts else 64), **parts})
+    close(compute(gemv_w8a8.KERNEL, v, {"rows": 4, "block": 16, "warps": 1}), exact(v))
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (33, 65), (9, 300)])
-def test_one_row_of_any_length(n: int, k: int) -> None:
-    v = operands(1, n, k, numbers=True, dtype=FP16)
+@pytest.mark.parametrize("format", [INT8, FP8])
+@pytest.mark.parametrize(("n", "k"), [(1, 8), (33, 72), (9, 304)])
+def test_one_row_of_several_lengths(n: int, k: int, format: str) -> None:
+    v = operands(1, n, k, format)
     close(compute(gemv_w8a8.KERNEL, v), exact(v))
+
+
+def test_every_code_of_one_row_is_the_number_it_stands_for() -> None:
+    for format in (INT8, FP8):
+        v = operands(1, 256, 8, format)
+        codes = torch.arange(256, dtype=torch.uint8)
+        codes[codes & 127 == 127] = 0 if format == FP8 else 127
+        v["codes"] = torch.cat((codes[:, None], torch.zeros((256, 7), dtype=torch.uint8)), 1).view(v["codes"].dtype)
+        close(compute(gemv_w8a8.KERNEL, v), exact(v))
 
 
 @pytest.mark.parametrize("wrong", ["x_scale", "scales", "codes"])
@@ -175,11 +165,3 @@ def test_an_operand_of_another_row_is_noticed(wrong: str) -> None:
     v[wrong] = v[wrong].roll(1, -1)
     with pytest.raises(AssertionError, match="error"):
         close(out, exact(v))
-
-
-def test_unrounded_numbers_are_noticed() -> None:
-    v = operands(1, 64, 192, numbers=True, dtype=FP16)
-    out = compute(gemv_w8a8.KERNEL, v)
-    coarse = {**v, "x": round_activations(v["x"], torch.tensor([0.1]), INT8)}
-    with pytest.raises(AssertionError, match="error"):
-        close(out, exact(coarse))

@@ -47,10 +47,10 @@ def quantized_site(m: int, n: int, k: int, gate: str | None = None) -> CallSite:
 
 
 def codes_site(m: int, n: int, k: int, gate: str | None = None, group: int = 0) -> CallSite:
-    """A joined linear over FP8 codes of its input, or for one row over numbers."""
-    x = dense("h", 1, m, k) if m == 1 else replace(dense("h", 1, m, k), dtype="float8_e4m3fn")
+    """A joined linear over FP8 codes of its input."""
     values = {
-        "x": x, "x_scale": None if m == 1 else replace(dense("t", 1, m), dtype="float32"), "input_scale": None,
+        "x": replace(dense("h", 1, m, k), dtype="float8_e4m3fn"),
+        "x_scale": replace(dense("t", 1, m), dtype="float32"), "input_scale": None,
         "round": "fp8_e4m3", "codes": replace(dense("c", n, k), dtype="float8_e4m3fn"),
         "scales": dense("s", k // (group or k), n // (group or 1)), "bias": None, "format": "fp8_e4m3", "bits": 8,
         "block_n": group or 1, "block_k": group or k, **NOTHING_JOINED, "gate": gate,
