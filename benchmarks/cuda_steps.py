@@ -22,8 +22,10 @@ for hidden in ("torch", "triton"):
     sys.modules[hidden] = None  # type: ignore[assignment]
 
 import numpy as np  # noqa: E402
+import yaml  # noqa: E402
 
 from llmopt.artifact import Artifact  # noqa: E402
+from llmopt.report.bench import summary  # noqa: E402
 from llmopt.report.traffic import step_bytes  # noqa: E402
 from llmopt.runtime.executors.cuda import CudaExecutor, load  # noqa: E402
 from llmopt.runtime.executors.cuda.driver import call  # noqa: E402
@@ -113,9 +115,9 @@ def describe(artifact: Artifact, executor: Any, options: argparse.Namespace) -> 
         "machine": executor.backend.device.name,
         "driver": executor.backend.device.driver,
         "cores": os.cpu_count(),
-        "model": options.artifact.name,
+        "model": options.model or options.artifact.name,
         "target": artifact.manifest.target,
-        "recipe": artifact.manifest.dtype,
+        "recipe": summary(yaml.safe_load(artifact.file("recipe.yaml").read_text("utf-8"))),
         "triton": artifact.manifest.notes["triton"],
         "bandwidth_gb_s": options.bandwidth,
     }
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--bandwidth", type=float, default=4390.0, help="GB/s a GEMV reads on this GPU")
     parser.add_argument("--commit", default="")
+    parser.add_argument("--model", default="", help="its name in the rows; default: the artifact's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/rows/cuda.jsonl"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)

@@ -24,7 +24,8 @@ def serving_section(folder: Path) -> str:
         parts.append(f"## Host cost\n\n{what}\n\n" + table(hosts))
     if constrained := [constrained_cells(r) for r in read(folder, CONSTRAINED)]:
         what = (
-            "Rows of `benchmarks/constrained.py`: a step of the same batch, free and under a JSON schema (p20 to p80)."
+            "Rows of `benchmarks/constrained.py`: a step of the same batch, free and under a JSON schema (p20 to p80); "
+            "of a CPU its processor time, which both share, with a GPU the clock's."
         )
         parts.append(f"## Constrained output\n\n{what}\n\n" + table(constrained))
     return "\n".join(part + "\n" for part in parts)
@@ -93,15 +94,17 @@ def host_cells(row: Row) -> dict[str, object]:
 
 
 def constrained_cells(row: Row) -> dict[str, object]:
-    """One batch size, by processor time."""
+    """One batch size: by processor time where the model runs on it, else by the clock."""
+    by = "cpu_" if row["device"] == "cpu" else ""
+    low, overhead, high = (row[f"{by}overhead{part}"] for part in ("_p20", "", "_p80"))
     return {
         "artifact": row["artifact"],
         "machine": f"{row['machine']}, {row['threads'] or row['cores']} threads, {row['device']}",
         "batch": row["batch"],
         "vocabulary": row["vocab_size"],
-        "free, cpu ms": row["cpu_free_ms"],
-        "constrained, cpu ms": row["cpu_constrained_ms"],
-        "overhead": f"{row['cpu_overhead']:+.0%} ({row['cpu_overhead_p20']:+.0%} to {row['cpu_overhead_p80']:+.0%})",
+        "free, ms": row[f"{by}free_ms"],
+        "constrained, ms": row[f"{by}constrained_ms"],
+        "overhead": f"{overhead:+.1%} ({low:+.1%} to {high:+.1%})",
         "load average": row["load_average"],
         "commit": row["commit"],
         "date": row["date"],

@@ -106,14 +106,27 @@ def describe(artifact: Artifact) -> Row:
     }
 
 
+QUANTIZERS = {"quantize_weights": ("", 8), "gptq": ("gptq ", 4), "awq": ("awq ", 4)}
+"""Passes that quantize weights: how they are called, and the bits they default to."""
+ROUNDED = {"quantize_activations": ("activations", "int8"), "quantize_kv": ("kv", "fp8_e4m3")}
+"""Passes that quantize what is computed: what, and the format they default to."""
+SHORT = {"fp8_e4m3": "fp8", "int8": "int8"}
+
+
 def summary(recipe: dict[str, Any]) -> str:
-    """A recipe in a few words: compute dtype, how weights are quantized, whether llmopt's CPU kernels are left out."""
+    """A recipe in a few words: compute dtype, what is quantized and how, whether llmopt's CPU kernels are left out."""
     words = [recipe["dtype"]]
     for entry in recipe["passes"]:
-        options = entry.get("quantize_weights") if isinstance(entry, dict) else None
-        if options:
+        name, options = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
+        options = options or {}
+        if name in QUANTIZERS:
+            method, bits = QUANTIZERS[name]
             group = f" g{options['group_size']}" if options.get("group_size") else ""
-            words.append(f"{'head ' if options.get('lm_head') else ''}int{options['bits']}{group}")
+            kind = SHORT.get(options.get("format", "int"), f"int{options.get('bits', bits)}")
+            words.append(f"{'head ' if options.get('lm_head') else ''}{method}{kind}{group}")
+        if name in ROUNDED:
+            what, kind = ROUNDED[name]
+            words.append(f"{what} {SHORT[options.get('format', kind)]}")
     if not (recipe.get("target_options") or {}).get("native_kernels", True):
         words.append("onnxruntime's kernels")
     return ", ".join(words)

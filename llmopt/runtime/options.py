@@ -14,11 +14,11 @@ class SchedulerOptions:
     """How steps are made up.
 
     ``chunk``: most prompt tokens in a step that others decode in, which bounds what an arriving prompt costs them
-    (None: what the executor's limits say). ``step_tokens``: most tokens of a step (None: the executor's limit).
+    (None: whatever the step holds). ``step_tokens``: most tokens of a step (None: the executor's limit).
     ``prefix_cache``: keep and share states of equal prefixes.
     """
 
-    chunk: int | None = None
+    chunk: int | None = 256
     step_tokens: int | None = None
     prefix_cache: bool = True
     queue: QueueOptions = field(default_factory=QueueOptions)

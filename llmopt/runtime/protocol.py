@@ -171,8 +171,7 @@ class ExecutorLimits:
 
     ``steps_in_flight``: 1 when every step must be collected before the next is submitted, 2 when the host may run
     one step ahead. ``ranged``: calls cover a range of blocks, so that sequences with one block each should be close.
-    ``spare_core``: ``submit`` computes without the interpreter and leaves the host a core meanwhile. ``chunk``: prompt
-    tokens that a step of decoding sequences may take on without keeping them long.
+    ``spare_core``: ``submit`` computes without the interpreter and leaves the host a core meanwhile.
     """
 
     max_context: int
@@ -184,7 +183,6 @@ class ExecutorLimits:
     steps_in_flight: int = 1
     ranged: bool = False
     spare_core: bool = False
-    chunk: int = 256
 
 
 class Executor(Protocol):

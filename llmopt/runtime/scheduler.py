@@ -124,8 +124,8 @@ class Scheduler:
             return None
         places = self.decoding.ready(min(self.step_tokens, self.limits.max_sequences))
         room = self.step_tokens - len(places)
-        if self.decoding.going():
-            room = min(room, self.options.chunk or self.limits.chunk)
+        if self.options.chunk is not None and self.decoding.going():
+            room = min(room, self.options.chunk)
         step = StepRows(room, self.limits.max_sequences - len(places))
         decode = self._decode(places)
         for sequence in self._in_order(self.prefilling.values()):

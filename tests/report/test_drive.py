@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+import yaml
 
 from llmopt.errors import ConfigError, RequestError
 from llmopt.program import StateGroup, StatePlan, StateSpec
+from llmopt.recipe import load_recipe
 from llmopt.report.bench import Shape, append_rows, one_run, summary
 from llmopt.report.drive import Driver
 from llmopt.report.evaluate import score, split_windows, summarize
@@ -121,6 +123,10 @@ def test_a_recipe_in_a_few_words():
     body = {"quantize_weights": {"bits": 4, "group_size": 32}}
     head = {"quantize_weights": {"bits": 8, "lm_head": True}}
     assert summary({"dtype": "float32", "passes": ["fuse_qkv", body, head]}) == "float32, int4 g32, head int8"
+    assert summary(yaml.safe_load(load_recipe("fp8-cuda").text)) == "bfloat16, fp8, activations fp8"
+    assert summary(yaml.safe_load(load_recipe("w8a8-cuda").text)) == "bfloat16, int8, activations int8"
+    assert summary(yaml.safe_load(load_recipe("bf16-kv8-cuda").text)) == "bfloat16, kv fp8"
+    assert summary(yaml.safe_load(load_recipe("int4-gptq-cpu").text)).startswith("float32, gptq int4 g")
 
 
 def test_the_machine_is_measured():

@@ -172,7 +172,7 @@ class GemmW8A8:
             site.arch, gemm_w8a8, (cdiv(n, c["BN"]), cdiv(m, c["BM"]), split), tensors, constants, warps=c["warps"],
             stages=c["stages"], moved=linear.moved, scratch={"partial": "*fp32", "counter": "*i32"},
         )  # fmt: skip
-        cost = max(modelled_us(linear.moved, site.arch), 2 * m * n * k / FLOPS.get(site.arch, 0.4e9))
+        cost = max(modelled_us(linear.moved, site.arch, efficiency=0.65), 2 * m * n * k / FLOPS.get(site.arch, 0.4e9))
         why = f"{linear.scheme}, {c['BM']}x{c['BN']}x{c['BK']} tiles" + (f", K in {split}" if split > 1 else "")
         why += f", {tuned.note}" if tuned else ", modelled"
         return Selection((made,), linear.joined + why, tuned.us if tuned else cost)

@@ -80,10 +80,10 @@ def gemv_q(
         group = tl.minimum(i, LENGTH - 1) // (GROUP * BITS // 64) * WEIGHTS
         spot = group[None, :] + row[:, None]
         a, sums = factors(x, i, i < LENGTH, BITS, CHUNK)
-        part = products(here, a, BITS) - zero_points(sums, zeros, spot, BITS)
+        part = products(here, a, BITS, CHUNK) - zero_points(sums, zeros, spot, BITS)
         total += part if GROUP == K else part * tl.load(scales + spot).to(tl.float32)
         if GATE is not None:
-            part = products(there, a, BITS) - zero_points(sums, zeros, spot + N, BITS)
+            part = products(there, a, BITS, CHUNK) - zero_points(sums, zeros, spot + N, BITS)
             more += part if GROUP == K else part * tl.load(scales + spot + N).to(tl.float32)
     ok = n < N
     result = tl.sum(total, 1) * UNDO
@@ -115,30 +115,47 @@ def take(at, e, LENGTH: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def factors(x, i, live, BITS: tl.constexpr, CHUNK: tl.constexpr):
-    """What the codes of the elements ``i`` meet, four columns of each part of x, each by the power of two of its code's
-    place; and the columns' sum, as products are scaled."""
-    PARTS: tl.constexpr = 16 // BITS
-    EACH: tl.constexpr = CHUNK // PARTS // 4
-    spot = i // EACH * (CHUNK // 4) + i % EACH
-    p, sums = columns(x, spot, live, 0, 16 if BITS == 4 else 0)
-    q, some = columns(x, spot + EACH, live, BITS, 8)
-    sums += some
-    if BITS == 8:
-        return (p, q), sums * SCALE
-    else:
-        r, some = columns(x, spot + 2 * EACH, live, 8, 12)
-        s, other = columns(x, spot + 3 * EACH, live, 12, 16)
-        return (p, q, r, s), (sums + (some + other)) * SCALE
+    """What the codes of the elements ``i`` meet: columns of x, four at a time, each by the power of two of its code's
+    place; and their sum, as products are scaled."""
+    if BITS == 8:  # two parts of four columns
+        EACH: tl.constexpr = CHUNK // 8
+        spot = i // EACH * (2 * EACH) + i % EACH
+        p, sums = columns(x, spot, live, 0, 0)
+        q, some = columns(x, spot + EACH, live, 8, 8)
+        return (p, q), (sums + some) * SCALE
+    elif CHUNK == 32:  # two parts of eight columns
+        spot = i // 2 * 8 + i % 2 * 2
+        p, sums = four_columns(x, spot, live, 0, 8, 16, 12)
+        q, some = four_columns(x, spot + 4, live, 4, 12, 8, 16)
+        r, more = four_columns(x, spot + 1, live, 0, 8, 16, 12)
+        s, other = four_columns(x, spot + 5, live, 4, 12, 8, 16)
+        return (p, q, r, s), ((sums + some) + (more + other)) * SCALE
+    else:  # four parts of four columns
+        QUARTER: tl.constexpr = CHUNK // 16
+        spot = i // QUARTER * (4 * QUARTER) + i % QUARTER
+        p, sums = columns(x, spot, live, 0, 16)
+        q, some = columns(x, spot + QUARTER, live, 4, 8)
+        r, more = columns(x, spot + 2 * QUARTER, live, 8, 12)
+        s, other = columns(x, spot + 3 * QUARTER, live, 12, 16)
+        return (p, q, r, s), ((sums + some) + (more + other)) * SCALE
 
 
 @triton.jit
 def columns(x, spot, live, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Four neighbouring columns of x for each place, of 8 bytes, in fp32, scaled for codes at bits LOW and HIGH in
-    turn; their sum as they are."""
+    """Four neighbouring columns whose codes lie at bits LOW and HIGH in turn."""
+    return four_columns(x, spot, live, LOW, HIGH, LOW, HIGH)
+
+
+@triton.jit
+def four_columns(x, spot, live, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Four neighbouring columns of x for each place, of 8 bytes, in fp32, scaled for codes at these bits; and their sum
+    as they are."""
     a, b, c, d = four(x, spot, live)
-    low: tl.constexpr = 2.0 ** (80 - LOW)
-    high: tl.constexpr = 2.0 ** (80 - HIGH)
-    return (a * low, b * high, c * low, d * high), (a + b) + (c + d)
+    e: tl.constexpr = 2.0 ** (80 - A)
+    f: tl.constexpr = 2.0 ** (80 - B)
+    g: tl.constexpr = 2.0 ** (80 - C)
+    h: tl.constexpr = 2.0 ** (80 - D)
+    return (a * e, b * f, c * g, d * h), (a + b) + (c + d)
 
 
 @triton.jit
@@ -156,7 +173,7 @@ def as_fp32(bits):
 
 
 @triton.jit
-def products(elements, a, BITS: tl.constexpr):
+def products(elements, a, BITS: tl.constexpr, CHUNK: tl.constexpr):
     """Sums of the codes of each element (ROWS, BLOCK) times the columns ``a``."""
     low, high = elements.to(tl.int32), (elements >> 32).to(tl.int32)
     if BITS == 8:
@@ -164,8 +181,12 @@ def products(elements, a, BITS: tl.constexpr):
         return bytes_times(low, p[0], q[0], p[1], q[1]) + bytes_times(high, p[2], q[2], p[3], q[3])
     else:
         p, q, r, s = a
-        found = nibbles_times(low, p[0], q[0], r[0], s[0], p[1], q[1], r[1], s[1])
-        return found + nibbles_times(high, p[2], q[2], r[2], s[2], p[3], q[3], r[3], s[3])
+        if CHUNK == 32:
+            found = nibbles_times(low, p[0], q[0], p[1], q[1], p[2], q[2], p[3], q[3])
+            return found + nibbles_times(high, r[0], s[0], r[1], s[1], r[2], s[2], r[3], s[3])
+        else:
+            found = nibbles_times(low, p[0], q[0], r[0], s[0], p[1], q[1], r[1], s[1])
+            return found + nibbles_times(high, p[2], q[2], r[2], s[2], p[3], q[3], r[3], s[3])
 
 
 @triton.jit
@@ -228,8 +249,8 @@ class GemvQ:
         if v["format"] != "int" or v["block_n"] != 1:
             return "codes are no integers with a scale a row"
         chunk = chunk_of(bits, group, k)
-        if k % chunk or parts_of(bits, chunk, k) * bits != 16 or chunk * bits < 256:
-            return f"chunks of {chunk} columns"
+        if k % chunk:
+            return f"rows of {k} columns are no multiple of {chunk}"
         if any(w is not None and not w.contiguous for w in (v["bias"], v["residual"])):
             return "an operand is strided"
         if gate is not None and gate not in ACTIVATIONS:
@@ -237,8 +258,8 @@ class GemvQ:
         tuned = find_linear(site.tuning, self.name, quantized_form(v, k), 1, codes.shape[0], k, linear_form(v))
         c = tuned.config if tuned else tile(k, bits, gate is not None)
         tensors = {
-            "x": x, "codes": as_loaded(codes, True), "scales": v["scales"], "zeros": v["zeros"], "bias": v["bias"],
-            "residual": v["residual"], "out": out,
+            "x": x, "codes": as_loaded(codes, parts_of(bits, chunk, k) * bits == 16), "scales": v["scales"],
+            "zeros": v["zeros"], "bias": v["bias"], "residual": v["residual"], "out": out,
         }  # fmt: skip
         constants = {
             "N": n, "K": k, "GATE": gate, "BITS": bits, "GROUP": group, "CHUNK": chunk, "ROWS": c["rows"],

@@ -27,8 +27,9 @@ def test_quantized_times_are_looked_up_by_format(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(measured, "table", lambda: table)
     assert measured.linear_us(64, 256, "bfloat16", 4, 128) == 3.0
     assert measured.linear_us(64, 256, "bfloat16", 8, 256) == 5.0
-    assert measured.linear_us(64, 256, "bfloat16", 4, 32) is None
-    assert measured.linear_us(64, 256, "bfloat16", 8, 128) is None
+    assert measured.linear_us(64, 256, "bfloat16", 4, 32) == pytest.approx(3.0 * (4 + 16 / 32) / (4 + 16 / 128))
+    assert measured.linear_us(64, 256, "bfloat16", 8, 128) == pytest.approx(5.0 * (8 + 16 / 128) / (8 + 16 / 256))
+    assert measured.linear_us(64, 512, "bfloat16", 4, 128) is None
 
 
 def test_other_targets_measured_nothing() -> None:

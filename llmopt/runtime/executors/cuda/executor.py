@@ -28,9 +28,6 @@ from llmopt.runtime.protocol import (
 PLACES = 2
 """Places a sequence: a step may admit as many sequences as it releases."""
 
-CHUNK = 512
-"""Prompt tokens beside decoding rows."""
-
 NOT_FINITE = -1
 """What the device draws from logits that are not finite; from none that are allowed it draws NO_TOKEN."""
 
@@ -82,7 +79,6 @@ class CudaExecutor:
             vocab_size=program.vocab_size,
             rope_switch=program.rope_switch,
             steps_in_flight=2,
-            chunk=CHUNK,
         )
         self.free = list(range(PLACES * self.limits.max_sequences))[::-1]
         self.sequences: dict[int, _Sequence] = {}

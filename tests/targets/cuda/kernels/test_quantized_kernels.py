@@ -142,6 +142,8 @@ def test_joined(parts: dict[str, Any], bits: int, split: int) -> None:
 
 
 ONE_ROW: list[dict[str, Any]] = [
+    {"bits": 4, "group": 32},
+    {"bits": 4, "group": 96, "zeros": True},
     {"bits": 4, "group": 64, "zeros": True},
     {"bits": 4, "group": 128},
     {"bits": 4, "group": 384},
