@@ -11,7 +11,7 @@ import pytest
 from llmopt.errors import ConfigError, TargetError
 from llmopt.launch import LaunchPlan
 from llmopt.target import BuildContext
-from targets.cuda import cache
+from targets.cuda import cache, proven
 from targets.cuda.build import build
 from targets.cuda.cache import CubinCache, Job
 from targets.cuda.compile import compile_all, compiler_version
@@ -176,3 +176,10 @@ def test_the_repository_kernels_compile(arch: int, tmp_path: Path) -> None:
     kernels = made.notes["kernels"][f"sm_{arch}"]
     assert kernels
     assert not [name for name, kernel in kernels.items() if kernel["spills"]]
+
+
+def test_kernels_that_came_after_the_last_run_on_a_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert proven.proven(90, [FEED]) == "run on NVIDIA H200"
+    assert proven.proven(80, [FEED]) == "built, never run"
+    monkeypatch.setattr(proven, "NEVER_RUN", ("greedy",))
+    assert proven.proven(90, [FEED]) == "run on NVIDIA H200, but for feed_tokens: built, never run"
