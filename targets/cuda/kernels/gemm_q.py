@@ -19,8 +19,9 @@ from ._eight_bits import scheme
 from ._linear import flattened, leave_part, take_parts
 from .gemm import FLOPS, finish
 
-CODES = 2.8e6
-"""Codes a microsecond that become numbers, seen on an H200 of 4 bits and of 8: what few rows wait for."""
+FIRST_US, CODES = 4.0, 2.9e6
+"""What few rows wait for, seen of four shapes on an H200 over 4 bits and 8: some microseconds, then codes a microsecond
+that become numbers."""
 
 
 @triton.jit
@@ -217,7 +218,7 @@ class GemmQ:
             warps=c["warps"], stages=c["stages"], moved=moved,
             scratch={"partial": "*fp32", "counter": "*i32"},
         )  # fmt: skip
-        cost = max(modelled_us(moved, site.arch), n * k / CODES, 2 * m * n * k / FLOPS.get(site.arch, 0.2e9))
+        cost = max(modelled_us(moved, site.arch), FIRST_US + n * k / CODES, 2 * m * n * k / FLOPS.get(site.arch, 0.2e9))
         why = f"{scheme(v, k)}, {c['BM']}x{c['BN']}x{bk} tiles" + (f", K in {split}" if split > 1 else "")
         why += f", {tuned.note}" if tuned else ", modelled"
         return Selection((made,), why, tuned.us if tuned else cost)
