@@ -6,6 +6,7 @@ a launch; ``how`` the parts were timed; ``gb_s`` and ``tflops`` that this GPU re
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.serve_rows import read as read_rows
 from llmopt.report.svg import COLOURS, text
 
 Row = dict[str, Any]
+PLAIN = "bfloat16"
 WIDTH, LABELS, FIGURES, BAR, TOP = 760, 210, 150, 22, 24
 REST = "between kernels, drawing"
 
@@ -35,7 +37,8 @@ def plot(row: Row) -> str:
     scale = (WIDTH - LABELS - FIGURES) / row["step_us"]
     height = TOP + BAR * len(parts) + 8
     drawn = [f'<rect width="{WIDTH}" height="{height}" fill="white"/>']
-    title = f"{row['model']}, batch {row['batch']}, prompt {row['prompt_len']}: {row['step_us'] / 1e3:.2f} ms a step"
+    what = f"{row['model']}, {row['recipe']}, batch {row['batch']}, prompt {row['prompt_len']}"
+    title = f"{what}: {row['step_us'] / 1e3:.2f} ms a step"
     drawn.append(text(LABELS, TOP - 8, title, "start"))
     before = 0.0
     for i, (name, us, least) in enumerate(parts):
@@ -55,7 +58,8 @@ def plot(row: Row) -> str:
 
 def name_of(row: Row) -> str:
     """File of a row's plot, in docs/."""
-    return f"waterfall-{row['model']}-bs{row['batch']}.svg"
+    recipe = "" if row["recipe"] == PLAIN else "-" + "-".join(re.findall(r"\w+", row["recipe"].removeprefix(PLAIN)))
+    return f"waterfall-{row['model']}{recipe}-bs{row['batch']}.svg"
 
 
 def read(folder: Path) -> list[Row]:
@@ -74,7 +78,8 @@ def waterfall_section(rows: list[Row]) -> str:
     for row in rows:
         floor = sum(least for _, _, least in parts_of(row))
         parts.append(
-            f"![{row['model']} at batch {row['batch']}]({name_of(row)})\n\n{row['machine']}, {row['gb_s'] / 1e3} TB/s, "
+            f"![{row['model']}, {row['recipe']}, at batch {row['batch']}]({name_of(row)})\n\n"
+            f"{row['machine']}, {row['gb_s'] / 1e3} TB/s, "
             f"{row['tflops']:g} TFLOP/s: floor {floor / 1e3:.2f} of {row['step_us'] / 1e3:.2f} ms. Parts timed by "
             f"{row['how']}; commit {row['commit']}, {row['date']}.\n"
         )

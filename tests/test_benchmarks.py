@@ -54,8 +54,8 @@ def test_a_stale_page_fails_the_check(tmp_path, monkeypatch, capsys):
 
 
 FALL = {
-    "model": "m", "batch": 2, "prompt_len": 3, "step_us": 100.0, "gb_s": 1000.0, "tflops": 1.0, "machine": "M",
-    "how": "h", "commit": "c", "date": "d",
+    "model": "m", "recipe": "bfloat16", "batch": 2, "prompt_len": 3, "step_us": 100.0, "gb_s": 1000.0, "tflops": 1.0,
+    "machine": "M", "how": "h", "commit": "c", "date": "d",
     "parts": [
         {"part": "reads", "launches": 2, "us": 20.0, "bytes": 10_000_000, "flops": 1_000_000},
         {"part": "adds", "launches": 1, "us": 40.0, "bytes": 1_000_000, "flops": 30_000_000},
@@ -75,6 +75,9 @@ def test_a_waterfall_adds_up_to_the_step():
 def test_the_last_waterfall_of_a_model_and_batch_is_drawn(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({**FALL, "step_us": us}) + "\n" for us in (100.0, 90.0)))
     assert [row["step_us"] for row in waterfall.read(tmp_path)] == [90.0]
+    (tmp_path / "b.jsonl").write_text(json.dumps({**FALL, "recipe": "bfloat16, int4 g128"}) + "\n")
+    names = [waterfall.name_of(row) for row in waterfall.read(tmp_path)]
+    assert names == ["waterfall-m-bs2.svg", "waterfall-m-int4-g128-bs2.svg"]
 
 
 def test_peers_stand_beside_rows_of_the_same_machine_and_shape(tmp_path):
