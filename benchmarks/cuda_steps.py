@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ for hidden in ("torch", "triton"):
     sys.modules[hidden] = None  # type: ignore[assignment]
 
 import numpy as np  # noqa: E402
-import yaml  # noqa: E402
 
 from llmopt.artifact import Artifact  # noqa: E402
-from llmopt.report.bench import summary  # noqa: E402
+from llmopt.report import bench  # noqa: E402
 from llmopt.report.traffic import step_bytes  # noqa: E402
 from llmopt.runtime.executors.cuda import CudaExecutor, load  # noqa: E402
 from llmopt.runtime.executors.cuda.driver import call  # noqa: E402
@@ -109,15 +107,14 @@ def graph_seconds(executor: CudaExecutor, batch: int, repeat: int = 20) -> list[
 
 def describe(artifact: Artifact, executor: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What every row says of the machine and the build."""
+    build = bench.describe(artifact)
     return {
-        "date": date.today().isoformat(),
-        "commit": options.commit,
+        **build,
+        "commit": options.commit or build["commit"],
         "machine": executor.backend.device.name,
         "driver": executor.backend.device.driver,
         "cores": os.cpu_count(),
         "model": options.model or options.artifact.name,
-        "target": artifact.manifest.target,
-        "recipe": summary(yaml.safe_load(artifact.file("recipe.yaml").read_text("utf-8"))),
         "triton": artifact.manifest.notes["triton"],
         "bandwidth_gb_s": options.bandwidth,
     }
@@ -160,7 +157,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="1x128,1x512,1x2048,1x8000,8x512,32x512,128x512,256x512")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--bandwidth", type=float, default=4390.0, help="GB/s a GEMV reads on this GPU")
-    parser.add_argument("--commit", default="")
+    parser.add_argument("--commit", default="", help="of the rows; default: the checkout's")
     parser.add_argument("--model", default="", help="its name in the rows; default: the artifact's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/rows/cuda.jsonl"))
     options = parser.parse_args()

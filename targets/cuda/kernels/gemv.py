@@ -84,25 +84,31 @@ def gemv(
         if GATE is not None:
             up += u.to(tl.float32) * a[None, :]
     total = tl.sum(acc, 1)
-    rows = program * ROWS + tl.arange(0, ROWS)
-    ok = rows < N
     if norm is not None:
         root = tl.rsqrt(tl.sum(square) / K + eps)
         total = total * root
-    if bias is not None:
-        total += tl.load(bias + rows, mask=ok, other=0.0).to(tl.float32)
+    other = total
     if GATE is not None:
         other = tl.sum(up, 1)
         if norm is not None:
             other = other * root
+    store_outputs(total, other, bias, residual, out, program * ROWS + tl.arange(0, ROWS), N, GATE)
+
+
+@triton.jit
+def store_outputs(total, up, bias, residual, out, n, N: tl.constexpr, GATE: tl.constexpr):
+    """The epilogue of one row: outputs ``n`` of N from their sums, with GATE from those of gates and ups."""
+    ok = n < N
+    if bias is not None:
+        total += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
+    if GATE is not None:
         if bias is not None:
-            other += tl.load(bias + N + rows, mask=ok, other=0.0).to(tl.float32)
-        total = activation(total, GATE) * other
+            up += tl.load(bias + N + n, mask=ok, other=0.0).to(tl.float32)
+        total = activation(total, GATE) * up
     if residual is not None:
-        total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + rows, mask=ok, other=0.0).to(
-            tl.float32
-        )
-    tl.store(out + rows, total.to(out.dtype.element_ty), mask=ok)
+        rest = tl.load(residual + n, mask=ok, other=0.0).to(tl.float32)
+        total = total.to(out.dtype.element_ty).to(tl.float32) + rest
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=ok)
 
 
 def tile(n: int, k: int, normed: bool) -> tuple[int, int, int]:

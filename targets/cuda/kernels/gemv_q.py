@@ -23,7 +23,6 @@ from ..tuning import find_linear, linear_form, quantized_form
 from ._common import (
     ACTIVATIONS,
     LAUNCH_US,
-    activation,
     cdiv,
     launch,
     modelled_us,
@@ -35,6 +34,7 @@ from ._common import (
 )
 from ._eight_bits import scheme
 from .gemm_q import as_loaded
+from .gemv import store_outputs
 
 SCALE, UNDO = tl.constexpr(2.0**-69), tl.constexpr(2.0**69)
 """Of products, which have the subnormal's 2^-149 and x's 2^80, and of the sum."""
@@ -85,23 +85,15 @@ def gemv_q(
         if GATE is not None:
             part = products(there, a, BITS, CHUNK) - zero_points(sums, zeros, spot + N, BITS)
             more += part if GROUP == K else part * tl.load(scales + spot + N).to(tl.float32)
-    ok = n < N
     result = tl.sum(total, 1) * UNDO
     if GROUP == K:
         result *= tl.load(scales + row).to(tl.float32)
-    if bias is not None:
-        result += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
+    other = result
     if GATE is not None:
         other = tl.sum(more, 1) * UNDO
         if GROUP == K:
             other *= tl.load(scales + N + row).to(tl.float32)
-        if bias is not None:
-            other += tl.load(bias + N + n, mask=ok, other=0.0).to(tl.float32)
-        result = activation(result, GATE) * other
-    if residual is not None:
-        rest = tl.load(residual + n, mask=ok, other=0.0).to(tl.float32)
-        result = result.to(out.dtype.element_ty).to(tl.float32) + rest
-    tl.store(out + n, result.to(out.dtype.element_ty), mask=ok)
+    store_outputs(result, other, bias, residual, out, n, N, GATE)
 
 
 @triton.jit
@@ -244,8 +236,10 @@ class GemvQ:
         layout = rows_of(x)
         if layout is None or layout[0] != 1:
             return "more than one row"
-        if x.dtype != "bfloat16" or x.offset % 4:
-            return f"activations of {x.dtype}" if x.dtype != "bfloat16" else "the row is not aligned"
+        if x.dtype != "bfloat16":
+            return f"activations of {x.dtype}"
+        if x.offset % 4:
+            return "the row is not aligned"
         if v["format"] != "int" or v["block_n"] != 1:
             return "codes are no integers with a scale a row"
         chunk = chunk_of(bits, group, k)

@@ -18,7 +18,6 @@ from ..tuning import find_linear, linear_form, quantized_form
 from ._common import (
     ACTIVATIONS,
     LAUNCH_US,
-    activation,
     cdiv,
     launch,
     modelled_us,
@@ -29,6 +28,7 @@ from ._common import (
     rows_of,
 )
 from ._eight_bits import scheme
+from .gemv import store_outputs
 from .gemv_q import SCALE, UNDO, as_fp32, bytes_times, take
 
 FP8_SCALE, FP8_UNDO = tl.constexpr(2.0**60), tl.constexpr(2.0**60)
@@ -81,23 +81,15 @@ def gemv_w8a8(
             up = ((N + row) // SHARED)[:, None]
             more += part if GROUP == K else part * tl.load(scales + spot + up).to(tl.float32)
     used = tl.load(x_scale).to(tl.float32) * (FP8_UNDO if FP8 else UNDO)
-    ok = n < N
     result = tl.sum(total, 1) * used
     if GROUP == K:
         result *= tl.load(scales + row // SHARED).to(tl.float32)
-    if bias is not None:
-        result += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
+    other = result
     if GATE is not None:
         other = tl.sum(more, 1) * used
         if GROUP == K:
             other *= tl.load(scales + (N + row) // SHARED).to(tl.float32)
-        if bias is not None:
-            other += tl.load(bias + N + n, mask=ok, other=0.0).to(tl.float32)
-        result = activation(result, GATE) * other
-    if residual is not None:
-        rest = tl.load(residual + n, mask=ok, other=0.0).to(tl.float32)
-        result = result.to(out.dtype.element_ty).to(tl.float32) + rest
-    tl.store(out + n, result.to(out.dtype.element_ty), mask=ok)
+    store_outputs(result, other, bias, residual, out, n, N, GATE)
 
 
 @triton.jit

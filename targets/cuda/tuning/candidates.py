@@ -94,16 +94,11 @@ def gemm_q(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
 
 
 def gemv_q(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """One row over integer weights: 8 or 16 bytes of each output's codes a thread."""
+    """One row over codes, of weights alone or of both sides: 8 or 16 bytes of each output's codes a thread."""
     for warps, each, rows in product((1, 2, 4), (1, 2), (1, 2, 4, 8, 16)):
         held = rows * each * (2 if gated else 1)
         if m == 1 and 4 <= held <= 16 and k >= 512 * warps:
             yield {"rows": rows, "block": 32 * each * warps, "warps": warps}
-
-
-def gemv_w8a8(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """One row of codes: as gemv_q."""
-    yield from gemv_q(m, n, k, gated)
 
 
 def gemm_w8a8(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
@@ -144,7 +139,7 @@ def gemm_w8a8_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config
 CODES: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemm_q": gemm_q,
     "gemv_q": gemv_q,
-    "gemv_w8a8": gemv_w8a8,
+    "gemv_w8a8": gemv_q,
     "gemm_w8a8": gemm_w8a8,
     "gemm_w8a8_persistent": gemm_w8a8_persistent,
 }
