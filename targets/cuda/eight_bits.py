@@ -2,7 +2,7 @@
 rules that join the making of the codes with what is before it.
 
 - ``cuda.linear_8``: a linear over codes ``x``, of the format ``round``, with ``x_scale``: its rows' scales, or the
-  static ``input_scale``.
+  static ``input_scale``. ``interval``, absent for ``INTERVAL``: how many columns' FP8 products the tensor cores sum.
 - ``cuda.round``: codes, and unless ``scale`` is static their scales, of the rows of ``x`` or of their gated activation.
 - ``cuda.norm_round``: the same of what the call ``op`` makes, a normalization, whose sum, if it adds, comes second.
 """
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
-from llmopt.program import Arg, Function, OpCall, Ref, TensorType
+from llmopt.program import Arg, Function, OpCall, Ref, TensorType, eval_shape
 
 from .graph import Graph
 
@@ -25,6 +26,15 @@ CODES = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
 """Type of an activation's codes."""
 NORMS = ("llmopt.rms_norm", "llmopt.add_rms_norm", "aten.layer_norm.default", "llmopt.add_layer_norm")
 NOTHING_JOINED = {"gate": None, "residual": None}
+INTERVAL = 128
+"""Columns of FP8 codes whose products the tensor cores sum before the sum is added in fp32, where ``interval`` does not
+say otherwise: those of sm_90 keep some 14 bits of a sum."""
+ALL_COLUMNS = 0
+"""The interval of fast accumulation: the tensor cores sum all of K."""
+FEW_BITS = (90,)
+"""Architectures whose tensor cores sum FP8 products in fewer bits than fp32 and whose kernels can take the sums out."""
+MEMORY_BOUND = 64
+"""Rows up to which fast accumulation saves no time: a linear's weights take longer to arrive than to multiply."""
 
 
 def code_calls(function: Function) -> dict[int, str]:
@@ -100,3 +110,13 @@ def gate_into_rounding(graph: Graph, at: int, call: OpCall) -> None:
         gate = graph.calls[source].args
         args: dict[str, Any] = {**call.args, "x": gate["x"], "gate": gate["kind"]}
         graph.places[source], graph.places[at] = (), (replace(call, args=args),)
+
+
+def fast_accumulation(graph: Graph, at: int, call: OpCall, dims: Mapping[str, int]) -> None:
+    """A linear of many rows over FP8 codes with a scale a channel or tensor: the tensor cores sum all of K."""
+    v: Any = call.args
+    if call.op != LINEAR_8 or v["round"] != "fp8_e4m3":
+        return
+    *rows, k = eval_shape(graph.function.types[v["x"].name].shape, dims)
+    if prod(rows) > MEMORY_BOUND and v["block_k"] >= k:
+        graph.places[at] = (replace(call, args={**call.args, "interval": ALL_COLUMNS}),)

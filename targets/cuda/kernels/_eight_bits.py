@@ -9,6 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..eight_bits import ALL_COLUMNS, INTERVAL
 from ..kernel import Argument, CallSite, Strided
 from ._common import ACTIVATIONS, nbytes
 from ._linear import Linear, flattened
@@ -20,7 +21,9 @@ STEPS = (128, 64, 32)
 def scheme(values: Mapping[str, Any], k: int) -> str:
     """The weights' format and what shares a scale, for the reason of a choice."""
     kind = "fp8" if values["format"] == "fp8_e4m3" else f"int{values['bits']}"
-    rows, group = values["block_n"], values["block_k"]
+    rows, group, interval = values["block_n"], values["block_k"], values.get("interval", INTERVAL)
+    if interval != INTERVAL:
+        kind += " with fast accumulation" if interval == ALL_COLUMNS else f" summed over {interval} columns"
     if rows > 1:
         return f"{kind}, a tensor" if group >= k else f"{kind}, blocks of {rows}x{group}"
     return f"{kind}, a channel" if group >= k else f"{kind}, groups of {group}"
@@ -29,7 +32,8 @@ def scheme(values: Mapping[str, Any], k: int) -> str:
 @dataclass(frozen=True)
 class Linear8(Linear):
     """A linear of codes: x (m, k) and weight (n, k) of one format. ``x_scale``: (m,) or, ``static``, (1,); scales
-    (k / group, n / shared)."""
+    (k / group, n / shared). ``interval``: columns of FP8 products that the tensor cores sum, ``ALL_COLUMNS`` or more
+    than a step's only with a scale a channel or tensor."""
 
     x_scale: Strided
     scales: Strided
@@ -37,13 +41,14 @@ class Linear8(Linear):
     shared: int
     group: int
     scheme: str
+    interval: int
 
     @property
     def constants(self) -> dict[str, Any]:
         """What every kernel over it is compiled for."""
         return {
             "N": self.n, "K": self.k, "STATIC": self.static, "SHARED": self.shared, "GROUP": self.group,
-            "KIND": self.gate, "INT": self.x.dtype == "int8",
+            "KIND": self.gate, "INT": self.x.dtype == "int8", "INTERVAL": self.interval,
         }  # fmt: skip
 
     @property
@@ -72,10 +77,13 @@ def read_linear_8(site: CallSite) -> Linear8 | str:
         return "the rows are not evenly spaced"
     if not out.contiguous or not (residual is None or residual.contiguous):
         return "the results are strided"
-    static = v["input_scale"] is not None
+    static, interval = v["input_scale"] is not None, v.get("interval", INTERVAL)
+    if interval != INTERVAL and (codes.dtype == "int8" or group < k):
+        return f"no sums of {interval or 'all'} columns of codes with a scale a group, nor of int8"
     return Linear8(
-        x, codes, v["bias"], gate, residual, out, v["x_scale"], v["scales"], static, v["block_n"], group, scheme(v, k)
-    )
+        x, codes, v["bias"], gate, residual, out, v["x_scale"], v["scales"], static, v["block_n"], group, scheme(v, k),
+        interval,
+    )  # fmt: skip
 
 
 def grouped(bk: int, linear: Linear8) -> int:
@@ -84,11 +92,11 @@ def grouped(bk: int, linear: Linear8) -> int:
 
 
 @triton.jit
-def code_product(acc, w, a, s, WHOLE: tl.constexpr, SWAP: tl.constexpr, BK: tl.constexpr):
+def code_product(acc, w, a, s, WHOLE: tl.constexpr, SWAP: tl.constexpr, BK: tl.constexpr, INTERVAL: tl.constexpr):
     """acc and the product of a step of codes; not WHOLE: a group's, times its scales ``s`` of each weight row.
 
-    A sum of FP8 products leaves the tensor cores after at most 128 columns."""
-    FEW: tl.constexpr = BK if BK < 128 else 128
+    A sum of FP8 products leaves the tensor cores after at most INTERVAL columns; 0: it stays there."""
+    FEW: tl.constexpr = None if INTERVAL == 0 else BK if BK < INTERVAL else INTERVAL
     SUMS: tl.constexpr = tl.int32 if w.dtype == tl.int8 else tl.float32
     if WHOLE:
         if SWAP:

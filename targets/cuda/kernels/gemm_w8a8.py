@@ -24,8 +24,8 @@ FLOPS = {80: 0.4e9, 89: 0.24e9, 90: 1.0e9, 100: 2.4e9}
 def gemm_w8a8(
     x, weight, w_ptr, x_scale, scales, bias, residual, out, partial, counter, M,
     N: tl.constexpr, K: tl.constexpr, X_ROW: tl.constexpr, STATIC: tl.constexpr, SHARED: tl.constexpr,
-    GROUP: tl.constexpr, KIND: tl.constexpr, INT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
+    GROUP: tl.constexpr, KIND: tl.constexpr, INT: tl.constexpr, INTERVAL: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = (x · weightᵀ) · scales + bias of codes x (M, K) and weight (N, K), FP8 or (INT) int8.
@@ -79,7 +79,7 @@ def gemm_w8a8(
         s = 1.0
         if GROUP != K:
             s = group_scales(scales, start, row, n0, 0, N, K, SHARED, GROUP, WIDTH)
-        acc = code_product(acc, w, a, s, GROUP == K, SWAP, BK)
+        acc = code_product(acc, w, a, s, GROUP == K, SWAP, BK, INTERVAL)
         if KIND is not None:
             if TMA:
                 w = weight.load([COLUMNS + n0, start])
@@ -89,7 +89,7 @@ def gemm_w8a8(
                 w = tl.load(w_at + COLUMNS * K + start, mask=live, other=0.0)
             if GROUP != K:
                 s = group_scales(scales, start, row, n0, COLUMNS, N, K, SHARED, GROUP, WIDTH)
-            up = code_product(up, w, a, s, GROUP == K, SWAP, BK)
+            up = code_product(up, w, a, s, GROUP == K, SWAP, BK, INTERVAL)
     total = tl.trans(acc).to(tl.float32) if SWAP else acc.to(tl.float32)
     more = tl.trans(up).to(tl.float32) if SWAP else up.to(tl.float32)
     last = True

@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..eight_bits import LINEAR_8
+from ..eight_bits import ALL_COLUMNS, LINEAR_8
 from ..kernel import CallSite, Selection
 from ..tuning import find_linear, linear_form, quantized_form
 from ._common import LAUNCH_US, SM_COUNT, cdiv, launch, pdl_release, pdl_wait
@@ -24,8 +24,8 @@ library; these kernels are not measured."""
 def gemm_w8a8_persistent(
     x, weight, x_scale, scales, bias, residual, out, bounds, last, M,
     N: tl.constexpr, K: tl.constexpr, STATIC: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
-    KIND: tl.constexpr, INT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TALL: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    KIND: tl.constexpr, INT: tl.constexpr, INTERVAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, TALL: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = (x · weightᵀ) · scales + bias of codes x (M, K) and weight (N, K) through descriptors; operands as
     ``gemm_w8a8`` has them, tiles walked and stored as ``gemm_persistent`` does, TALL rows of tiles sharing weights.
@@ -49,6 +49,7 @@ def gemm_w8a8_persistent(
         rows = n0 + tl.arange(0, HALF)
         rows = tl.where(rows < (N if KIND is None else N // 2), rows, 0)
         acc = tl.zeros((BM, BN), tl.int32 if INT and GROUP == K else tl.float32)
+        part = acc
         for step in range(STEPS):
             a = x.load([m0, step * BK])
             if KIND is not None:
@@ -61,7 +62,15 @@ def gemm_w8a8_persistent(
                 if KIND is not None:
                     t = group_scales(scales, step * BK, rows, n0, N // 2, N, K, SHARED, GROUP, HALF)
                     s = tl.reshape(tl.permute(tl.join(s, t), (1, 0)), (BN,))
-            acc = code_product(acc, w, a, s, GROUP == K, False, BK)
+            if INTERVAL > BK and not INT and GROUP == K:
+                part = code_product(part, w, a, s, True, False, BK, 0)
+                if (step + 1) % (INTERVAL // BK) == 0:
+                    acc += part
+                    part = tl.zeros((BM, BN), tl.float32)
+            else:
+                acc = code_product(acc, w, a, s, GROUP == K, False, BK, INTERVAL)
+        if INTERVAL > BK and not INT and GROUP == K:
+            acc += part
         total = scale_rows(acc.to(tl.float32), x_scale, m, M, STATIC)
         if GROUP == K:
             column = n0 + tl.arange(0, BN) % HALF
@@ -71,8 +80,10 @@ def gemm_w8a8_persistent(
 
 
 def shape_tiles(linear: Linear8) -> dict[str, Any]:
-    """Tile sizes for a shape nobody measured. FP8 sums need twice the registers (see ``code_product``): 128 columns."""
-    wide = linear.x.dtype == "int8" and linear.group >= linear.k and cdiv(linear.m, 128) * cdiv(linear.n, 256) >= 100
+    """Tile sizes for a shape nobody measured. FP8 sums that leave the tensor cores on the way need twice the registers
+    (see ``code_product``): 128 columns."""
+    stay = linear.interval == ALL_COLUMNS or (linear.x.dtype == "int8" and linear.group >= linear.k)
+    wide = stay and cdiv(linear.m, 128) * cdiv(linear.n, 256) >= 100
     c = {"BM": 128, "BN": 256, "PARTS": 2, "stages": 3} if wide else {"BM": 128, "BN": 128, "PARTS": 1, "stages": 4}
     return {**c, "BK": 128, "TALL": 8, "warps": 8}
 

@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ..eight_bits import ALL_COLUMNS, INTERVAL
+
 Table = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Configurations by kernel, then by key, of one compiler."""
 
@@ -39,10 +41,13 @@ def linear_key(dtype: str, m: int, n: int, k: int, form: str = "") -> str:
 
 def quantized_form(values: Mapping[str, Any], k: int) -> str:
     """What stands for the dtype in the key of a quantized linear of k columns: "int4g128", or "int8" with one scale a
-    channel; "fp8" and, by blocks, "fp8g128"; "mxfp4g32"; "w8a8-fp8" where the input is rounded too."""
+    channel; "fp8" and, by blocks, "fp8g128"; "mxfp4g32"; "w8a8-fp8" where the input is rounded too, "w8a8-fp8-fast"
+    with fast accumulation, "w8a8-fp8-every256" where the tensor cores sum as many columns: none serves another."""
     format, group = values["format"], values["block_k"]
     kind = {"fp8_e4m3": "fp8", "int": f"int{values['bits']}"}.get(format, format)
     kind = f"w8a8-{kind}" if values.get("round") else kind
+    if (interval := values.get("interval", INTERVAL)) != INTERVAL:
+        kind += "-fast" if interval == ALL_COLUMNS else f"-every{interval}"
     return f"{kind}g{group}" if group < k else kind
 
 

@@ -7,6 +7,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
+from ..eight_bits import ALL_COLUMNS, INTERVAL
 from ..kernel import CallSite
 from ..kernels.attention import tuning_key as attention_key
 from ..kernels.moe import tuning_key
@@ -116,17 +117,27 @@ def gemm_w8a8(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
     else:
         tried = [((128, 128, 128, 0, 8, 4), (1, 2, 4)), ((128, 64, 128, 0, 4, 4), (1, 2, 4))]
     for (rows, columns, depth, swap, warps, stages), split in ((s, split) for s, splits in tried for split in splits):
-        programs = cdiv(n, columns) * cdiv(m, rows) * split
         narrow = gated and swap and columns < 128
-        if (
-            m <= 512
-            and not narrow
-            and programs >= 48
-            and cdiv(k, split) >= 2 * depth
-            and (programs <= 800 or split == 1)
-        ):
+        if m <= 512 and not narrow and fills(m, n, k, rows, columns, depth, split):
             yield {"BM": rows, "BN": columns, "BK": depth, "SPLIT": split, "SWAP": swap, "AHEAD": ahead, "warps": warps,
                    "stages": stages}  # fmt: skip
+
+
+def fills(m: int, n: int, k: int, rows: int, columns: int, depth: int, split: int) -> bool:
+    """Whether tiles are many enough, their parts of K long enough, and parts of K not a waste."""
+    programs = cdiv(n, columns) * cdiv(m, rows) * split
+    return programs >= 48 and cdiv(k, split) >= 2 * depth and (programs <= 800 or split == 1)
+
+
+def fast_gemm(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """65 to 512 rows of sums that stay in the tensor cores: wider tiles, and four warps where others took eight."""
+    for (columns, warps, stages), splits in (
+        ((64, 4, 4), (1, 2, 4, 8)), ((128, 4, 3), (1, 2, 4)), ((128, 8, 4), (1, 2, 4)), ((256, 8, 4), (1, 2)),
+    ):  # fmt: skip
+        for split in splits:
+            if 64 < m <= 512 and fills(m, n, k, 128, columns, 128, split):
+                yield {"BM": 128, "BN": columns, "BK": 128, "SPLIT": split, "SWAP": 0, "AHEAD": 0, "warps": warps,
+                       "stages": stages}  # fmt: skip
 
 
 def gemm_w8a8_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
@@ -136,6 +147,28 @@ def gemm_w8a8_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config
             yield {"BM": bm, "BN": bn, "BK": 128, "TALL": tall, "PARTS": 1, "warps": 8, "stages": stages}
 
 
+def rarely_added(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """The same, and steps as deep as the interval may be, for sums that leave the tensor cores less often."""
+    yield from gemm_w8a8_persistent(m, n, k, gated)
+    if m >= 128 and cdiv(m, 128) * cdiv(n, 128) >= 64:
+        yield {"BM": 128, "BN": 128, "BK": 256, "TALL": 8, "PARTS": 1, "warps": 8, "stages": 3}
+
+
+FAST = (
+    (128, 256, 128, 3, 2, 8), (128, 256, 128, 4, 2, 8), (128, 256, 128, 4, 4, 8), (128, 256, 128, 4, 2, 16),
+    (128, 256, 64, 4, 2, 8), (128, 256, 64, 6, 2, 8), (256, 128, 128, 3, 2, 8), (256, 128, 128, 4, 2, 8),
+    (128, 128, 128, 4, 1, 8),
+)  # fmt: skip
+"""A tile's rows and columns, columns of a step, load stages, parts of the epilogue, rows of tiles sharing weights."""
+
+
+def fast_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """From 128 rows on, of sums that stay in the tensor cores: as wide as bfloat16's."""
+    for bm, bn, bk, stages, parts, tall in FAST:
+        if m >= 128 and cdiv(m, bm) * cdiv(n, bn) >= 64 and not (gated and parts == 4):
+            yield {"BM": bm, "BN": bn, "BK": bk, "TALL": tall, "PARTS": parts, "warps": 8, "stages": stages}
+
+
 CODES: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemm_q": gemm_q,
     "gemv_q": gemv_q,
@@ -143,6 +176,13 @@ CODES: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemm_w8a8": gemm_w8a8,
     "gemm_w8a8_persistent": gemm_w8a8_persistent,
 }
+SUMS = {
+    ("gemm_w8a8", ALL_COLUMNS): fast_gemm,
+    ("gemm_w8a8_persistent", ALL_COLUMNS): fast_persistent,
+    ("gemm_w8a8_persistent", 256): rarely_added,
+    ("gemm_w8a8_persistent", 512): rarely_added,
+}
+"""What else is tried of kernels over FP8 codes, by the columns whose products the tensor cores sum."""
 LINEARS: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemv": gemv,
     "gemm": gemm,
@@ -189,7 +229,8 @@ def candidates(kernel: str, site: CallSite) -> tuple[str, list[Config]] | None:
     if kernel in CODES:
         n, k, m = v["codes"].shape[0], v["x"].shape[-1], prod(v["x"].shape[:-1])
         key = linear_key(quantized_form(v, k), m, n, k, linear_form(v))
-        return key, list(CODES[kernel](m, n, k, v.get("gate") is not None))
+        tried = SUMS.get((kernel, v.get("interval", INTERVAL)), CODES[kernel])
+        return key, list(tried(m, n, k, v.get("gate") is not None))
     if kernel == "attention" and not v["ring"]:
         rows, sequences, size = v["q"].shape[2], v["block_table"].shape[0], v["k_state"].shape[2]
         decode = site.function == "decode" and sequences == rows

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig
 
 from llmopt.compiler import CompileOptions, compile_checkpoint, pass_context
 from llmopt.frontend import capture, load_checkpoint
@@ -26,13 +27,16 @@ from llmopt.recipe import load_recipe, parse_recipe
 from llmopt.registry import load_executor_module, load_target
 from llmopt.runtime.protocol import FloatArray, IntArray
 from llmopt.target import LoadOptions
-from tests.architectures import ARCHITECTURES, make_checkpoint, make_model
+from tests.architectures import ARCHITECTURES, base, make_checkpoint, make_model
 from tests.frontend.quantized import gpt_oss_pair
-from tests.targets.cuda.gpu.cases import CASES, CODED, CONTEXT, LENGTHS, RUNS, rms_errors
+from tests.targets.cuda.gpu.cases import CASES, CODED, CONTEXT, LENGTHS, RUNS, WIDE_K, rms_errors
 from tests.targets.cuda.gpu.trained import build_trained
 from tests.targets.ragged import RaggedDriver
 
-OPTIONS = ("target_options: {}", "target_options: {decode_buckets: [4], extend_buckets: [16], extend_sequences: [8]}")
+OPTIONS = "target_options: {}"
+BUCKETS = "target_options: {decode_buckets: [4], extend_buckets: [16], extend_sequences: [8]}"
+FAST = BUCKETS.replace("extend_buckets: [16]", "extend_buckets: [128], fp8_fast_accumulation: prefill")
+"""With fast accumulation, for which a step must have more than 64 rows, real or not."""
 TARGET = ("target: cuda\n", "target: reference\n")
 SKEW = {"skewed": (4.0,), "empty": (4.0, 3.0)}
 """Router weights of the first experts on the channel that is large and positive in every token: under ``skewed`` one
@@ -48,6 +52,7 @@ QUANTIZERS = {
     "int8": INT8,
     "fp8_weights": INT8.replace("bits: 8", "format: fp8_e4m3"),
     "fp8": FP8,
+    "fp8_fast": FP8,
     "w8a8": load_recipe("w8a8-cuda").text.replace("- smoothquant\n", ""),
     "kv_fp8": KV8,
     "kv_int8": KV8.replace("format: fp8_e4m3", "format: int8"),
@@ -98,7 +103,7 @@ def reference_logits(checkpoint: Path, text: str, dtype: str, tokens: list[IntAr
     return RaggedDriver(executor).logits(tokens, list(prompts), chunk)
 
 
-def build(case: str, checkpoint: Path, text: str, folder: Path) -> None:
+def build(case: str, checkpoint: Path, text: str, folder: Path, options: str = BUCKETS) -> None:
     """One artifact and what it is to compute. ``text``: a recipe for cuda in bfloat16."""
     tokens = sequences(load_checkpoint(checkpoint).config["vocab_size"])
     arrays: dict[str, Any] = {f"tokens_{i}": t for i, t in enumerate(tokens)}
@@ -108,9 +113,8 @@ def build(case: str, checkpoint: Path, text: str, folder: Path) -> None:
         arrays[f"rms_{run}"] = rms_errors(case, rounded, expected)
         arrays |= {f"logits_{run}_{i}": x for i, x in enumerate(expected)}
     several = re.sub(r"block_size: \d+", "block_size: 16", text)  # blocks of a sequence
-    compile_checkpoint(
-        checkpoint, parse_recipe(several.replace(*OPTIONS)), folder / case, CompileOptions(max_context=CONTEXT)
-    )
+    recipe = parse_recipe(several.replace(OPTIONS, options))
+    compile_checkpoint(checkpoint, recipe, folder / case, CompileOptions(max_context=CONTEXT))
     np.savez(folder / f"{case}.npz", **arrays)
 
 
@@ -128,9 +132,12 @@ def build_coded(case: str, folder: Path) -> None:
         checkpoint = Path(place)
         if quantizer == "mxfp4":
             checkpoint = gpt_oss_pair(checkpoint).path
+        elif architecture == "llama_wide":
+            config = LlamaConfig(**base(hidden_size=WIDE_K // 8, intermediate_size=WIDE_K))
+            make_model(config, torch.bfloat16).save_pretrained(checkpoint)
         else:
             make_checkpoint(architecture, checkpoint, torch.bfloat16)
-        build(case, checkpoint, QUANTIZERS[quantizer], folder)
+        build(case, checkpoint, QUANTIZERS[quantizer], folder, FAST if quantizer == "fp8_fast" else BUCKETS)
 
 
 def main(folder: Path, wanted: list[str]) -> None:

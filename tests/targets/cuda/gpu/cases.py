@@ -17,9 +17,18 @@ CASES = (
 
 CODED = (
     "llama-int4", "llama-zeros", "llama-int8", "llama-fp8_weights", "llama-fp8", "llama-w8a8", "qwen3-kv_fp8",
-    "llama-tied-kv_int8", "mixtral-int4", "gpt_oss-mxfp4",
+    "llama-tied-kv_int8", "mixtral-int4", "gpt_oss-mxfp4", "llama_wide-fp8", "llama_wide-fp8_fast",
 )  # fmt: skip
-"""Models over codes: of weights, of activations too, of keys and values, of experts, as stored by a gpt-oss."""
+"""Models over codes: of weights, of activations too, of keys and values, of experts, as stored by a gpt-oss; and one
+whose sums are long, with FP8 sums that leave the tensor cores every 128 columns and with fast accumulation."""
+
+WIDE_K = 4096
+"""Columns of the longest sums of ``llama_wide``, and of ``test_many_columns`` in the kernel suite."""
+
+FAST_ERROR = WIDE_K / 32 * 2.0**-14
+"""What fast accumulation may add to the error of sums of so many columns: each instruction adds 32 columns' products,
+keeps some 14 bits of the sum and cuts off the rest, half a unit in the last place on average, always towards zero. A
+model's logits hide it: a code that falls to the other side of a rounding moves them by more."""
 
 CONTEXT = 64
 LENGTHS = (61, 30, 45)

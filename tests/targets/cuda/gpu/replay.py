@@ -21,6 +21,8 @@ from llmopt.launch import Cubin, Launch, Pointer, Scalar, TensorMap
 from llmopt.runtime.executors.cuda.driver import call, open_device
 from llmopt.runtime.executors.cuda.launches import BoundLaunch, Kernels
 
+Bytes = npt.NDArray[np.uint8]
+
 TOLERANCE = {
     "bfloat16": 2.0**-6,
     "float16": 2.0**-9,
@@ -42,7 +44,14 @@ class Replay:
 
     def run(self, number: int, entry: dict[str, Any]) -> str:
         """Empty, or what is wrong with the memory the launch leaves."""
-        arrays = np.load(self.folder / f"{number}.npz")
+        for name, (found, expected) in self.left(number, entry).items():
+            if wrong := difference(found, expected, entry["types"][name]):
+                return f"{name}: {wrong}"
+        return ""
+
+    def left(self, number: int, entry: dict[str, Any]) -> dict[str, tuple[Bytes, Bytes]]:
+        """What the launch leaves in each buffer, here and in the interpreter."""
+        arrays, found = np.load(self.folder / f"{number}.npz"), {}
         held = {name: upload(arrays[f"before.{name}"]) for name in entry["types"]}
         launch, cubin = described(entry)
         kernels = Kernels({"kernel": cubin}, lambda name: (self.folder / name).read_bytes())
@@ -50,15 +59,14 @@ class Replay:
             bound = BoundLaunch(launch, cubin, kernels.get("kernel"), held.__getitem__, self.stream)
             bound()
             call("cuStreamSynchronize", self.stream)
-            for name, dtype in entry["types"].items():
-                key = f"after.{name}" if f"after.{name}" in arrays else f"before.{name}"
-                if wrong := difference(download(held[name], len(arrays[key])), arrays[key], dtype):
-                    return f"{name}: {wrong}"
+            for name in entry["types"]:
+                expected = arrays[f"after.{name}" if f"after.{name}" in arrays else f"before.{name}"]
+                found[name] = download(held[name], len(expected)), expected
         finally:
             kernels.close()
             for address in held.values():
                 call("cuMemFree", address)
-        return ""
+        return found
 
 
 def described(entry: dict[str, Any]) -> tuple[Launch, Cubin]:
@@ -107,6 +115,14 @@ def difference(found: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8], dt
         return ""
     error, scale = np.abs(a[some] - b[some]).max(), np.abs(b[some]).max()
     return "" if error <= TOLERANCE[dtype] * max(scale, 1e-6) else f"error {error:.3g}, largest entry {scale:.3g}"
+
+
+def rms_error(found: Bytes, expected: Bytes, dtype: str) -> float:
+    """‖found - expected‖ / ‖expected‖ of what is finite in the interpreter's buffer; NaN counts as infinite."""
+    a, b = (x.view(numpy_dtype(dtype)).astype(np.float64) for x in (found, expected))
+    some = np.isfinite(b)
+    error = float(np.sqrt(np.square(a[some] - b[some]).sum() / np.square(b[some]).sum()))
+    return error if error == error else float("inf")
 
 
 def replay(folder: Path, text: str = "") -> list[str]:

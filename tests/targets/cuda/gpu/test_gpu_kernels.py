@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.targets.cuda.gpu import replay
+from tests.targets.cuda.gpu.cases import FAST_ERROR
 
 pytestmark = pytest.mark.gpu
 SANITIZER = shutil.which("compute-sanitizer")
@@ -25,6 +27,21 @@ def suite(artifacts: Path) -> Path:
 
 def test_every_launch_leaves_what_the_interpreter_leaves(suite: Path) -> None:
     assert replay.replay(suite) == []
+
+
+@pytest.mark.parametrize("kernel", ["tiled", "walked"])
+def test_fast_accumulation_costs_what_is_said(kernel: str, suite: Path) -> None:
+    """The control is the accurate sum of the same operands: it errs by float16's rounding only."""
+    replayer, found = replay.Replay(suite), {}
+    for number, entry in enumerate(json.loads((suite / "launches.json").read_text())):
+        if entry["test"].startswith("test_many_columns") and kernel in entry["test"]:
+            buffers = replayer.left(number, entry)
+            found[entry["test"]] = replay.rms_error(*buffers["out0"], entry["types"]["out0"])
+    print(found)
+    accurate = found[f"test_many_columns[{kernel}-128]"]
+    fast = found[f"test_many_columns[{kernel}-0]"]
+    assert accurate <= 2.0**-10
+    assert accurate < fast <= accurate + FAST_ERROR
 
 
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")

@@ -55,6 +55,13 @@ def test_every_shape_once_as_inspect_shows_it() -> None:
         ("sm_90", "fp8", "64x32", "not measured"),
         ("sm_90", "w8a8-fp8", "64x32", "8 rows"),
     ]
+    fast = {"gemm_w8a8": {"w8a8-fp8-fast 8x64x32": {"us": 3.0}}, "gemm": {"bfloat16 8x64x32": {"us": 4.0}}}
+    assert [
+        (e["weights"], e["us"]) for e in crossovers([coded, call(round="fp8_e4m3", interval=0)], program, fast)
+    ] == [
+        ("w8a8-fp8", {}),
+        ("w8a8-fp8-fast", {"8": [3.0, 4.0]}),
+    ]
     found = crossovers([coded], program, table({1: 2.0, 8: 7.0}, {1: 4.0, 8: 8.0}))
     manifest = SimpleNamespace(notes={"crossover": {"sm_90": found}})
     assert crossover_rows(manifest)[0][-1] == "none up to 8 rows"

@@ -9,7 +9,7 @@ import pytest
 
 from llmopt.errors import ConfigError
 from targets.cuda.options import parse_options
-from targets.cuda.tuning import find_linear
+from targets.cuda.tuning import find_linear, quantized_form
 from targets.cuda.tuning.table import builtin, load_table, read, write
 
 ENTRIES = {"gemv": {"bfloat16 1x64x64": {"rows": 2, "us": 3.0}}}
@@ -65,6 +65,19 @@ def test_a_table_of_another_architecture_is_named(tmp_path: Path) -> None:
     write(path, 80, "triton 3.9.0", ENTRIES)
     with pytest.raises(ConfigError, match="of sm_80, not of sm_90"):
         read(path, 90)
+
+
+def test_entries_of_one_way_to_sum_serve_no_other() -> None:
+    """Neither at the measured shape nor near it."""
+    v = {"format": "fp8_e4m3", "bits": 8, "block_k": 4096, "round": "fp8_e4m3"}
+    forms = [quantized_form({**v, **more}, 4096) for more in ({}, {"interval": 0}, {"interval": 256})]
+    assert forms == ["w8a8-fp8", "w8a8-fp8-fast", "w8a8-fp8-every256"]
+    assert quantized_form({**v, "interval": 128}, 4096) == forms[0]
+    for known in forms:
+        table = {"gemm": {f"{known} 2048x4096x4096": {"BM": 128, "us": 3.0}}}
+        for n in (4096, 8192):
+            served = [form for form in forms if find_linear(table, "gemm", form, 2048, n, 4096)]
+            assert served == [known]
 
 
 def test_the_option_names_a_file() -> None:
