@@ -100,7 +100,8 @@ def plan_arch(
     select = Selector(kernels)
     plans = []
     for function, dims in buckets(program, options):
-        plans.append(plan_bucket(program, function, dims, arch, select, tuning))
+        fast = options.accumulates_fast(function.name)
+        plans.append(plan_bucket(program, function, dims, arch, select, tuning, fast))
     return ArchPlan(arch, tuple(plans))
 
 

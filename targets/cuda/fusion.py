@@ -20,9 +20,11 @@ from functools import partial
 from llmopt.program import Arg, Function, OpCall, Ref
 
 from .eight_bits import (
+    FEW_BITS,
     LINEAR_8,
     QUANTIZED,
     codes_into_linears,
+    fast_accumulation,
     gate_into_rounding,
     norm_into_rounding,
     runs_codes,
@@ -52,10 +54,12 @@ HEAD_NORM = {"q_norm": None, "k_norm": None, "eps": 0.0, "offset": 0.0, "mul_in_
 Rule = Callable[[Graph, int, OpCall], None]
 
 
-def fused(function: Function, dims: Mapping[str, int], ops: Collection[str], arch: int = 90) -> Function:
+def fused(
+    function: Function, dims: Mapping[str, int], ops: Collection[str], arch: int = 90, fast: bool = False
+) -> Function:
     """The function as a bucket of these extents runs it, given what ops the kernels serve and what the GPU has; of what
     is not decode of one row a sequence only gated activations, roundings and, of many rows, residual additions are
-    joined."""
+    joined. ``fast``: FP8 products may be summed with fast accumulation."""
     decode = function.name == "decode" and dims["T"] == dims["N"]
     rules: list[Rule] = []
     if decode and ATTENTION in ops:
@@ -69,6 +73,7 @@ def fused(function: Function, dims: Mapping[str, int], ops: Collection[str], arc
         rules += [norm_into_linears] if decode and dims["T"] == 1 else []
     if LINEAR_8 in ops:
         rules += [norm_into_rounding, gate_into_rounding]
+        rules += [partial(fast_accumulation, dims=dims)] if fast and arch in FEW_BITS else []
     for rule in rules:
         graph = Graph(function)
         for at, call in enumerate(graph.calls):

@@ -12,6 +12,7 @@ from llmopt.errors import ConfigError
 from llmopt.program import Program
 
 ARCHS = (80, 89, 90, 100)
+NEVER, PREFILL, ALWAYS = "never", "prefill", "always"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class CudaOptions:
     ``archs``: compute capabilities to build for, 90 is sm_90. ``decode_buckets``: batch sizes with a CUDA graph
     each. ``extend_buckets``: rows of a prefill or mixed step. ``extend_sequences``: sequences of one; where a recipe
     does not say, those of the default that fit the largest of ``extend_buckets``. ``jobs``: compile processes (0: one
-    a core). ``tuning``: a table by ``llmopt tune`` instead of the built-in one.
+    a core). ``tuning``: a table by ``llmopt tune`` instead of the built-in one. ``fp8_fast_accumulation``: in which
+    steps the tensor cores of sm_90 may sum all of K of FP8 products, in fewer bits than fp32: ``never``, ``prefill``
+    (prefill and mixed steps, decodes in them too) or ``always``.
     """
 
     archs: tuple[int, ...] = (90,)
@@ -30,6 +33,11 @@ class CudaOptions:
     extend_sequences: tuple[int, ...] = (1, 16, 256)
     jobs: int = 0
     tuning: Path | None = None
+    fp8_fast_accumulation: str = NEVER
+
+    def accumulates_fast(self, function: str) -> bool:
+        """Whether linears over FP8 codes may, in the steps of a function: ``decode`` or ``extend``."""
+        return self.fp8_fast_accumulation in {"decode": (ALWAYS,), "extend": (PREFILL, ALWAYS)}[function]
 
 
 def parse_options(raw: Mapping[str, Any]) -> CudaOptions:
@@ -40,7 +48,10 @@ def parse_options(raw: Mapping[str, Any]) -> CudaOptions:
             close = get_close_matches(key, known)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown option {key!r} of target cuda", where="target_options", hint=hint)
-    values: dict[str, Any] = {key: counts(key, value) for key, value in raw.items() if key not in ("jobs", "tuning")}
+    others = ("jobs", "tuning", "fp8_fast_accumulation")
+    values: dict[str, Any] = {key: counts(key, value) for key, value in raw.items() if key not in others}
+    if "fp8_fast_accumulation" in raw:
+        values["fp8_fast_accumulation"] = word("fp8_fast_accumulation", raw["fp8_fast_accumulation"])
     if "jobs" in raw:
         values["jobs"] = natural("jobs", raw["jobs"], 0)
     if "tuning" in raw:
@@ -79,6 +90,13 @@ def text(key: str, value: Any) -> str:
     """A string that is not empty."""
     if not isinstance(value, str) or not value:
         raise ConfigError(f"expected a file name, found {value!r}", where=f"target_options.{key}")
+    return value
+
+
+def word(key: str, value: Any, known: tuple[str, ...] = (NEVER, PREFILL, ALWAYS)) -> str:
+    """One of the words that are known."""
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"expected one of {', '.join(known)}, found {value!r}", where=f"target_options.{key}")
     return value
 
 

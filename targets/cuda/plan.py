@@ -75,9 +75,11 @@ def plan_bucket(
     arch: int,
     select: Selector,
     tuning: Mapping[str, Mapping[str, Any]],
+    fast: bool = False,
 ) -> BucketPlan:
-    """Join calls, and choose kernels for every one that moves data. Raises TargetError for a call nothing serves."""
-    function = fused(function, dims, select.ops, arch)
+    """Join calls, and choose kernels for every one that moves data. ``fast``: FP8 products may be summed with fast
+    accumulation. Raises TargetError for a call nothing serves."""
+    function = fused(function, dims, select.ops, arch, fast)
     values = {name: dense(name, w.type.dtype, eval_shape(w.type.shape, {})) for name, w in program.weights.items()}
     for name in (*function.inputs, *KEPT):
         kind = function.types[name]

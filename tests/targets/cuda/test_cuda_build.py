@@ -37,6 +37,10 @@ FEED = Specialization(
         ({"decode_buckets": [0]}, "at least 1"),
         ({"decode_buckets": [True]}, "at least 1"),
         ({"jobs": -1}, "at least 0"),
+        ({"fp8_fast_accumulation": "decode"}, "expected one of never, prefill, always, found 'decode'"),
+        ({"fp8_fast_accumulation": True}, "expected one of never, prefill, always, found True"),
+        ({"fp8_fast_accumulation": ["always"]}, "expected one of never"),
+        ({"fp8_fast_accumulate": "always"}, "did you mean fp8_fast_accumulation"),
         ({"extend_buckets": [16], "extend_sequences": [1, 32]}, r"32 sequences do not fit .* 16 rows.*add an entry"),
     ],
 )
