@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmopt.program import OpCall
-from targets.cuda.eight_bits import CODES, LINEAR_8, NORM_ROUNDED, NOTHING_JOINED, ROUNDED
+from targets.cuda.eight_bits import ALL_COLUMNS, CODES, INTERVAL, LINEAR_8, NORM_ROUNDED, ROUNDED
 from targets.cuda.fusion import ABSENT, GATED_CODES, LINEAR, LINEAR_Q
 from targets.cuda.kernel import CallSite, Strided
 from targets.cuda.kernels import (
@@ -46,6 +46,8 @@ OVER_CODES = (gemv_w8a8.KERNEL, gemm_w8a8.KERNEL, gemm_w8a8_persistent.KERNEL)
 QUANTIZED_ROWS = (1, 8, 32, 64, 128, 256, 2048)
 FULL = {"llama-3.1-8b": (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 8192)}
 ROWS = (1, 8, 32, 128, 256, 2048)
+PREFILL = (2048, 8192)
+INTERVALS = (INTERVAL, 256, 512, ALL_COLUMNS)
 
 
 def dense(name: str, dtype: str, *shape: int) -> Strided:
@@ -100,6 +102,21 @@ def quantized() -> Iterator[Case]:
                 yield from over_codes(model, f"{what} w8a8", m, n, k, format, block)
 
 
+def sums_of_codes() -> Iterator[Case]:
+    """Prefill of the 8B shape over FP8 codes by how many columns' products the tensor cores sum; those that add to the
+    residual stream with it, as the planner joins them. With fast accumulation fewer rows too."""
+    model = "llama-3.1-8b"
+    for what, (n, k) in MODELS[model].items():
+        for m in (128, 256, 512) if what != "head" else ():
+            yield from over_codes(model, f"{what} w8a8", m, n, k, "fp8_e4m3", 0, ALL_COLUMNS)
+        for m in PREFILL if what != "head" else ():
+            for interval in INTERVALS:
+                if interval != INTERVAL or m not in QUANTIZED_ROWS:
+                    yield from over_codes(model, f"{what} w8a8", m, n, k, "fp8_e4m3", 0, interval)
+                if what in ("o", "down"):
+                    yield from over_codes(model, f"{what} + residual w8a8", m, n, k, "fp8_e4m3", 0, interval)
+
+
 def weight_only(model: str, what: str, m: int, n: int, k: int, scheme: tuple[int, str, int]) -> Iterator[Case]:
     """One linear over packed weights; ``scheme``: bits, format, columns of a scale."""
     bits, format, group = scheme
@@ -114,16 +131,20 @@ def weight_only(model: str, what: str, m: int, n: int, k: int, scheme: tuple[int
         yield from site_cases(kernel, call, model, what)
 
 
-def over_codes(model: str, what: str, m: int, n: int, k: int, format: str, block: int) -> Iterator[Case]:
-    """One linear over codes by every kernel; ``block``: rows and columns of a scale, 0: a scale a channel."""
+def over_codes(
+    model: str, what: str, m: int, n: int, k: int, format: str, block: int, interval: int = INTERVAL
+) -> Iterator[Case]:
+    """One linear over codes by every kernel; ``block``: rows and columns of a scale, 0: a scale a channel;
+    ``interval``: columns of FP8 products that the tensor cores sum."""
     gated, kind = what.startswith("gate_up"), CODES[format]
+    rest = dense("rest", "bfloat16", 1, m, n) if "residual" in what else None
     values = {
         "x": dense("x", kind, 1, m, k),
         "x_scale": dense("x_scale", "float32", 1, m), "input_scale": None, "round": format,
         "codes": dense("codes", kind, n, k),
         "scales": dense("scales", "bfloat16", k // (block or k), n // (block or 1)), "bias": None,
         "format": "int" if format == "int8" else format, "bits": 8, "block_n": block or 1, "block_k": block or k,
-        **NOTHING_JOINED, "gate": "silu" if gated else None,
+        "gate": "silu" if gated else None, "residual": rest, "interval": interval,
     }  # fmt: skip
     call = site(LINEAR_8, values, (dense("out", "bfloat16", 1, m, n // 2 if gated else n),), {"T": m})
     for kernel in OVER_CODES:
@@ -234,4 +255,4 @@ def plain(what: str, rows: int, kernel: Any, call: CallSite, data: dict[str, tup
 def cases() -> list[Case]:
     """Everything that is timed."""
     plain = (case for model in MODELS for case in linears(model))
-    return [*small(), *attentions(), *mixtures(), *plain, *quantized()]
+    return [*small(), *attentions(), *mixtures(), *plain, *quantized(), *sums_of_codes()]
