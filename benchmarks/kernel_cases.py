@@ -16,6 +16,7 @@ from targets.cuda.kernels import (
     gemm,
     gemm_persistent,
     gemm_q,
+    gemm_q_few,
     gemm_w8a8,
     gemm_w8a8_persistent,
     gemv,
@@ -127,7 +128,7 @@ def weight_only(model: str, what: str, m: int, n: int, k: int, scheme: tuple[int
         "format": format, "bits": bits, "block_n": 1, "block_k": group, **ABSENT, "gate": "silu" if gated else None,
     }  # fmt: skip
     call = site(LINEAR_Q, values, (dense("out", "bfloat16", 1, m, n // 2 if gated else n),), {"T": m})
-    for kernel in (gemm_q.KERNEL, gemv_q.KERNEL):
+    for kernel in (gemm_q.KERNEL, gemm_q_few.KERNEL, gemv_q.KERNEL):
         yield from site_cases(kernel, call, model, what)
 
 

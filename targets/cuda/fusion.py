@@ -41,7 +41,9 @@ FEW_ROWS = 16
 and costs 0.03 ms at 32."""
 
 MANY_ROWS = 1024
-"""Rows from which it is too: on an H200 at 8192 rows it costs a linear at most 15 of 1200 us and saves the norm 34."""
+"""Rows from which it is too: on an H200 at 8192 rows it costs a linear at most 15 of 1200 us and saves the norm 34. Not
+where codes meet codes, whose tiles then have room for fewer load stages: at 2048 rows of 8B the down projection takes
+242 us alone and 296 with it, with fast accumulation 152 and 169."""
 
 GATED_CODES = 64
 """Rows up to which a gate joins a linear over codes of weights: on an H200 an 8B model's takes 221 us at 128 rows with
@@ -68,8 +70,8 @@ def fused(
         rules.append(partial(codes_into_linears, runs=runs_codes(arch)))
     if LINEAR in ops:
         rules.append(partial(activation_into_linear, coded=dims["T"] <= GATED_CODES))
-        pays = dims["T"] >= MANY_ROWS or (decode and dims["T"] <= FEW_ROWS)
-        rules += [addition_into_linear] if pays else []
+        few = decode and dims["T"] <= FEW_ROWS
+        rules += [partial(addition_into_linear, coded=few)] if few or dims["T"] >= MANY_ROWS else []
         rules += [norm_into_linears] if decode and dims["T"] == 1 else []
     if LINEAR_8 in ops:
         rules += [norm_into_rounding, gate_into_rounding]
@@ -93,12 +95,12 @@ def activation_into_linear(graph: Graph, at: int, call: OpCall, coded: bool) -> 
         graph.places[at] = (replace(graph.calls[source], op=joined(graph, source), args=args, outputs=call.outputs),)
 
 
-def addition_into_linear(graph: Graph, at: int, call: OpCall) -> None:
-    """A linear and the residual addition; the sum's RMSNorm is left."""
+def addition_into_linear(graph: Graph, at: int, call: OpCall, coded: bool) -> None:
+    """A linear and the residual addition; the sum's RMSNorm is left. ``coded``: one of codes by codes too."""
     if call.op != "llmopt.add_rms_norm" or not graph.two_bytes(call.outputs[1]):
         return
     source = open_linear(graph, call.args["x"])
-    if source is not None:
+    if source is not None and (coded or graph.calls[source].op != LINEAR_8):
         normed, total = call.outputs
         args = {**ABSENT, **graph.calls[source].args, "residual": call.args["residual"]}
         rest = {name: arg for name, arg in call.args.items() if name not in ("x", "residual")}

@@ -22,6 +22,7 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compile one specialization; the cubin goes to ``job["out"]``."""
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
     from triton.compiler import ASTSource, compile  # type: ignore[import-untyped]
+    from triton.experimental.gluon._runtime import GluonASTSource  # type: ignore[import-untyped]
 
     function = getattr(importlib.import_module(job["module"]), job["function"])
     signature = dict(job["signature"])
@@ -35,7 +36,8 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         for name, type_ in signature.items()
         if type_.startswith("*") and name not in job["unaligned"]
     }
-    source = ASTSource(function, ordered, constexprs, aligned)
+    make = GluonASTSource if function.is_gluon() else ASTSource
+    source = make(function, ordered, constexprs, aligned)
     options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"], **dict(job.get("options", ()))}
     compiled = compile(source, target=GPUTarget("cuda", job["arch"], 32), options=options)
     meta = compiled.metadata

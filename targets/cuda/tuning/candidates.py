@@ -26,6 +26,13 @@ GEMV = (
 PERSISTENT = ((128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (256, 128, 64, 4, 8))
 
 
+FEW = (
+    (16, 4, 1), (16, 8, 1), (32, 2, 1), (32, 4, 1), (32, 8, 1), (32, 4, 2), (64, 1, 4), (64, 2, 4), (64, 4, 4),
+    (128, 1, 8),
+)  # fmt: skip
+"""Rows of codes a program, warps that divide K and warps that divide the rows, of ``gemm_q_few``."""
+
+
 def cdiv(a: int, b: int) -> int:
     """``a / b`` rounded up."""
     return -(-a // b)
@@ -102,6 +109,21 @@ def gemv_q(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
             yield {"rows": rows, "block": 32 * each * warps, "warps": warps}
 
 
+def gemm_q_few(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """Up to 64 rows over codes of weights: 6 to 64 warps a multiprocessor that have two chunks each at least,
+    of 16 rows each where many rows of x leave few registers."""
+    for (bn, k_warps, row_warps), depth, split in product(FEW, (1, 2), (1, 2, 4)):
+        warps, each = cdiv(n, bn) * split * k_warps * row_warps, bn // row_warps
+        if (
+            m <= 64
+            and k >= 256 * k_warps * depth * split
+            and 132 * 6 <= warps <= 132 * 64
+            and not (gated and bn < 32)
+            and (bn < 128 and (each > 16 or bn != 64 or k_warps > 1) if m <= 8 else each == 16 and depth * m <= 32)
+        ):
+            yield {"BN": bn, "K_WARPS": k_warps, "ROW_WARPS": row_warps, "DEPTH": depth, "SPLIT": split}
+
+
 def gemm_w8a8(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
     """Rows of codes: the tiles of ``gemm``, whose steps of K take as many bytes."""
     ahead = 512 if m <= 64 else 0
@@ -142,16 +164,17 @@ def fast_gemm(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
 
 def gemm_w8a8_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
     """From 128 rows on; wider tiles spill where sums of FP8 take twice the registers."""
-    for bm, bn, stages, tall in ((128, 128, 3, 8), (128, 128, 4, 8), (128, 128, 4, 16), (128, 64, 5, 8)):
-        if m >= 128 and cdiv(m, bm) * cdiv(n, bn) >= 64:
-            yield {"BM": bm, "BN": bn, "BK": 128, "TALL": tall, "PARTS": 1, "warps": 8, "stages": stages}
-
-
-def rarely_added(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """The same, and steps as deep as the interval may be, for sums that leave the tensor cores less often."""
-    yield from gemm_w8a8_persistent(m, n, k, gated)
-    if m >= 128 and cdiv(m, 128) * cdiv(n, 128) >= 64:
-        yield {"BM": 128, "BN": 128, "BK": 256, "TALL": 8, "PARTS": 1, "warps": 8, "stages": 3}
+    tried = (
+        (128, 128, 3, 8),
+        (128, 128, 4, 8),
+        (128, 128, 4, 16),
+        (64, 128, 5, 8),
+        (128, 256, 3, 8),
+        (128, 256, 3, 16),
+    )
+    for columns, depth, stages, tall in tried:
+        if m >= 128 and cdiv(m, 128) * cdiv(n, columns) >= 64:
+            yield {"BM": 128, "BN": columns, "BK": depth, "TALL": tall, "PARTS": 1, "warps": 8, "stages": stages}
 
 
 FAST = (
@@ -171,6 +194,7 @@ def fast_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
 
 CODES: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemm_q": gemm_q,
+    "gemm_q_few": gemm_q_few,
     "gemv_q": gemv_q,
     "gemv_w8a8": gemv_q,
     "gemm_w8a8": gemm_w8a8,
@@ -179,8 +203,8 @@ CODES: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
 SUMS = {
     ("gemm_w8a8", ALL_COLUMNS): fast_gemm,
     ("gemm_w8a8_persistent", ALL_COLUMNS): fast_persistent,
-    ("gemm_w8a8_persistent", 256): rarely_added,
-    ("gemm_w8a8_persistent", 512): rarely_added,
+    ("gemm_w8a8_persistent", 256): gemm_w8a8_persistent,
+    ("gemm_w8a8_persistent", 512): gemm_w8a8_persistent,
 }
 """What else is tried of kernels over FP8 codes, by the columns whose products the tensor cores sum."""
 LINEARS: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {

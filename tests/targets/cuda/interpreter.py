@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from llmopt.runtime.protocol import IntArray
 from llmopt.target import WeightReader
 from targets.cuda.build import ArchPlan, kernel_names
 from targets.cuda.kernel import Specialization
+from tests.targets.cuda.kernels.harness import interpretable
 
 GUARD = 4096
 """Bytes of 0xFF (NaN in every float format) around each region: a stray read shows in the logits."""
@@ -132,7 +132,7 @@ class PlanInterpreter:
         self, name: str, grid: tuple[int, int, int], args: Any, bucket: Bucket, region: Bytes, packed: Region
     ) -> None:
         spec = self.specializations[name]
-        function = getattr(importlib.import_module(spec.module), spec.function)
+        function = interpretable(spec)
         values: dict[str, Any] = dict(spec.constexprs)
         for (parameter, type_), arg in zip(spec.signature, args, strict=True):
             match arg:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmopt.program import OpCall, dtype_bytes
-from targets.cuda.kernel import CallSite, Kernel, KernelLaunch, Scratch, Selection, Strided, TmaOperand
+from targets.cuda.kernel import CallSite, Kernel, KernelLaunch, Scratch, Selection, Specialization, Strided, TmaOperand
 
 GUARD = 512
 """Elements of NaN (or of the least integer) before and after every tensor, where the kernel must not look."""
@@ -118,6 +118,13 @@ def place(memory: Memory, name: str, value: Any) -> Any:
     return value
 
 
+def interpretable(spec: Specialization) -> Any:
+    """The function of a specialization; of one in Gluon, which the interpreter does not run, its twin in Triton."""
+    module = importlib.import_module(spec.module)
+    function = getattr(module, spec.function)
+    return module.TWIN if getattr(function, "is_gluon", bool)() else function
+
+
 def execute(launch: KernelLaunch, memory: Memory) -> None:
     """One launch in the interpreter."""
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -137,7 +144,7 @@ def execute(launch: KernelLaunch, memory: Memory) -> None:
         else:
             arguments[name] = arg
     with np.errstate(all="ignore"):
-        getattr(importlib.import_module(spec.module), spec.function)[launch.grid](**arguments)
+        interpretable(spec)[launch.grid](**arguments)
 
 
 def close(found: Tensor, expected: Tensor, roundings: float = 2.0) -> None:
