@@ -95,13 +95,16 @@ def keyed(kernel: str, site: CallSite) -> str | None:
 
 
 def site_cases(kernel: Kernel, site: CallSite, model: str, what: str, context: int = CONTEXT) -> Iterator[Case]:
-    """A case for each configuration of a kernel that serves the call; ``context``: tokens of a sequence in decode."""
+    """A case for each configuration of a kernel that serves the call, of those that come to the same launches the first;
+    ``context``: tokens of a sequence in decode."""
     site = placed(site, context)
     found, work = candidates(kernel.name, site), work_of(kernel.name, site, context)
+    tried = set()
     for config in found[1] if found else ():
         assert found
         selection = kernel.select(replace(site, tuning={kernel.name: {found[0]: config}}))
-        if not isinstance(selection, str):
+        if not isinstance(selection, str) and selection.launches not in tried:
+            tried.add(selection.launches)
             yield Case(model, what, kernel.name, found[0], config, site, selection, **work)
 
 
