@@ -88,6 +88,10 @@ def gemm_q_few(
     acc = gl.zeros((K_WARPS, BN, BM), gl.float32, MMA)
     for start in range(begin, end, STEP):
         here, after = first, second
+        near = load_inputs(x_at, start, K, CHUNK, PARTS, K_WARPS, SPAN)
+        far = near
+        if DEPTH == 2:
+            far = load_inputs(x_at, start + K_WARPS, K, CHUNK, PARTS, K_WARPS, SPAN)
         if start + STEP < end:
             first = load_chunks(
                 codes_at, scales_at, zeros_at, start + STEP, K, CHUNK, GROUP, TABLE, K_WARPS, SPAN, TYPE
@@ -96,9 +100,9 @@ def gemm_q_few(
                 second = load_chunks(
                     codes_at, scales_at, zeros_at, start + STEP + K_WARPS, K, CHUNK, GROUP, TABLE, K_WARPS, SPAN, TYPE
                 )
-        acc = add_chunks(acc, here, x_at, start, K, CHUNK, PARTS, GROUP, FORM, RUN, SPAN)
+        acc = add_chunks(acc, here, near, K, GROUP, FORM, RUN)
         if DEPTH == 2:
-            acc = add_chunks(acc, after, x_at, start + K_WARPS, K, CHUNK, PARTS, GROUP, FORM, RUN, SPAN)
+            acc = add_chunks(acc, after, far, K, GROUP, FORM, RUN)
     total = gl.sum(acc, 0)
     if SPLIT == 1:
         finish(total, scales, bias, residual, out, tile, M, N, K, BN, BM, SHARED, GROUP, GATE)
@@ -155,21 +159,37 @@ def entries(
 
 
 @gluon.jit
-def add_chunks(
-    acc, loaded, x_at, start, K: gl.constexpr, CHUNK: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr,
-    FORM: gl.constexpr, RUN: gl.constexpr, SPAN: gl.constexpr,
-):  # fmt: skip
+def load_inputs(
+    x_at, start, K: gl.constexpr, CHUNK: gl.constexpr, PARTS: gl.constexpr, K_WARPS: gl.constexpr, SPAN: gl.constexpr
+):
+    """Columns of x (K_WARPS, M, columns) that meet each part of the chunks from ``start``; zeros past K."""
+    EVEN: gl.constexpr = K // CHUNK % SPAN == 0
+    HALVES: gl.constexpr = CHUNK // PARTS
+    chunk = start + gl.arange(0, K_WARPS, gl.SliceLayout(1, gl.SliceLayout(2, x_at.type.layout)))
+    at = x_at + (chunk * CHUNK)[:, None, None]
+    ok = (chunk < K // CHUNK)[:, None, None]
+    if PARTS == 2:
+        return load_input(at, ok, EVEN), load_input(at + HALVES, ok, EVEN)
+    else:
+        return (
+            load_input(at, ok, EVEN), load_input(at + HALVES, ok, EVEN), load_input(at + 2 * HALVES, ok, EVEN),
+            load_input(at + 3 * HALVES, ok, EVEN),
+        )  # fmt: skip
+
+
+@gluon.jit
+def load_input(at, ok, EVEN: gl.constexpr):
+    """Elements at pointers, all of which are good where EVEN."""
+    return gl.load(at) if EVEN else gl.load(at, mask=ok, other=0.0)
+
+
+@gluon.jit
+def add_chunks(acc, loaded, inputs, K: gl.constexpr, GROUP: gl.constexpr, FORM: gl.constexpr, RUN: gl.constexpr):
     """acc (parts, rows, M) and each part's product of its chunk, scaled."""
     words, scale, addend = loaded
-    chunk = start + gl.arange(0, acc.shape[0], gl.SliceLayout(1, gl.SliceLayout(2, x_at.type.layout)))
-    at = x_at + (chunk * CHUNK)[:, None, None]
     found = acc if GROUP == K else gl.zeros_like(acc)
-    for i in gl.static_range(PARTS):
-        if K // CHUNK % SPAN == 0:
-            a = gl.load(at + i * (CHUNK // PARTS))
-        else:
-            a = gl.load(at + i * (CHUNK // PARTS), mask=(chunk < K // CHUNK)[:, None, None], other=0.0)
-        found = multiply(numbers(words, addend, FORM, i, a.dtype), a, found, RUN)
+    for i in gl.static_range(len(inputs)):
+        found = multiply(numbers(words, addend, FORM, i, inputs[i].dtype), inputs[i], found, RUN)
     return found if GROUP == K else acc + found * scale[:, :, None]
 
 

@@ -51,8 +51,9 @@ def gemv_q(
     A program owns ROWS outputs and takes BLOCK times 8 bytes of each row's codes a step. codes: packed as
     targets/cuda/pack.py says in chunks of CHUNK columns; scales and zeros (K / GROUP, N), zeros None where symmetric;
     x bfloat16. With GATE the weight holds N gates above N ups. Codes of the first step are loaded before the wait for
-    x, those of each further step before the products of the one before it. A norm is left to a launch of its own: of an
-    8B layer's on an H200 it takes 1 us, and 5 us in the gate's and up's programs. Floor: the codes' bytes.
+    x, those of each further step before the products of the one before it, but after its columns of x, which would wait
+    behind them. A norm is left to a launch of its own: of an 8B layer's on an H200 it takes 1 us, and 5 us in the
+    gate's and up's programs. Floor: the codes' bytes.
     """
     LENGTH: tl.constexpr = K * BITS // 64  # of a row, in elements of 8 bytes
     EVEN: tl.constexpr = N % ROWS == 0 and LENGTH % BLOCK == 0
@@ -71,15 +72,15 @@ def gemv_q(
     more = total
     for start in range(0, LENGTH, BLOCK):
         here, there = w, u
+        i = start + e
+        a, sums = factors(x, i, i < LENGTH, BITS, CHUNK)
         following = start + BLOCK
         if following < LENGTH:
             w = take(at + following, following + e, LENGTH, EVEN)
             if GATE is not None:
                 u = take(at + N * LENGTH + following, following + e, LENGTH, EVEN)
-        i = start + e
         group = tl.minimum(i, LENGTH - 1) // (GROUP * BITS // 64) * WEIGHTS
         spot = group[None, :] + row[:, None]
-        a, sums = factors(x, i, i < LENGTH, BITS, CHUNK)
         part = products(here, a, BITS, CHUNK) - zero_points(sums, zeros, spot, BITS)
         total += part if GROUP == K else part * tl.load(scales + spot).to(tl.float32)
         if GATE is not None:

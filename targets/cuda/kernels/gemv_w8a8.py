@@ -64,15 +64,15 @@ def gemv_w8a8(
     more = total
     for start in range(0, LENGTH, BLOCK):
         here, there = w, u
+        i = start + e
+        words = tl.load(x.to(tl.pointer_type(tl.int64), bitcast=True) + i, mask=i < LENGTH, other=0)
+        left, some = four_of(words.to(tl.int32), FP8)
+        right, others = four_of((words >> 32).to(tl.int32), FP8)
         following = start + BLOCK
         if following < LENGTH:
             w = take(at + following, following + e, LENGTH, EVEN)
             if GATE is not None:
                 u = take(at + N * LENGTH + following, following + e, LENGTH, EVEN)
-        i = start + e
-        words = tl.load(x.to(tl.pointer_type(tl.int64), bitcast=True) + i, mask=i < LENGTH, other=0)
-        left, some = four_of(words.to(tl.int32), FP8)
-        right, others = four_of((words >> 32).to(tl.int32), FP8)
         spot = (tl.minimum(i, LENGTH - 1) * 8 // GROUP * TABLE)[None, :]
         part = times(here, left, right, some + others, FP8)
         total += part if GROUP == K else part * tl.load(scales + spot + (row // SHARED)[:, None]).to(tl.float32)

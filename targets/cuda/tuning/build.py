@@ -95,7 +95,7 @@ def keyed(kernel: str, site: CallSite) -> str | None:
 
 
 def site_cases(kernel: Kernel, site: CallSite, model: str, what: str, context: int = CONTEXT) -> Iterator[Case]:
-    """A case for each configuration of a kernel that serves the call, of those that come to the same launches the first;
+    """A case for each configuration of a kernel that serves the call, the first of those that come to equal launches;
     ``context``: tokens of a sequence in decode."""
     site = placed(site, context)
     found, work = candidates(kernel.name, site), work_of(kernel.name, site, context)

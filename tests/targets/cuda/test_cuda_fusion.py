@@ -174,3 +174,11 @@ def test_prefill_joins_gates_and_with_many_rows_additions() -> None:
     assert (many.count("linear gate"), many.count("linear residual")) == (2, 4)
     assert "linear norm" not in many
     assert "attention" not in many  # keys and values are written before
+
+
+def test_many_rows_of_codes_leave_additions_to_the_norm() -> None:
+    extend = model("llama", text=load_recipe("fp8-cuda").text).program.functions["extend"]
+    many = text(fused(extend, {**dims(2048), "N": 1}, CODED))
+    assert many.count("linear_8 gate") == 2
+    assert many.count("norm_round residual") == 3
+    assert "linear_8 residual" not in many
