@@ -60,6 +60,7 @@ def gemm_q_few(
     TYPE: gl.constexpr = x.dtype.element_ty
     SHARE: gl.constexpr = (K // CHUNK + SPAN - 1) // SPAN * STEP
     TABLE: gl.constexpr = N // SHARED
+    EARLY: gl.constexpr = BM <= 8  # x waits behind codes asked for before it; of more rows it would take the registers
     tile = gl.program_id(0)
     begin = gl.program_id(1) * SHARE
     end = begin + SHARE
@@ -88,10 +89,11 @@ def gemm_q_few(
     acc = gl.zeros((K_WARPS, BN, BM), gl.float32, MMA)
     for start in range(begin, end, STEP):
         here, after = first, second
-        near = load_inputs(x_at, start, K, CHUNK, PARTS, K_WARPS, SPAN)
-        far = near
-        if DEPTH == 2:
-            far = load_inputs(x_at, start + K_WARPS, K, CHUNK, PARTS, K_WARPS, SPAN)
+        if EARLY:
+            near = load_inputs(x_at, start, K, CHUNK, PARTS, K_WARPS, SPAN)
+            far = near
+            if DEPTH == 2:
+                far = load_inputs(x_at, start + K_WARPS, K, CHUNK, PARTS, K_WARPS, SPAN)
         if start + STEP < end:
             first = load_chunks(
                 codes_at, scales_at, zeros_at, start + STEP, K, CHUNK, GROUP, TABLE, K_WARPS, SPAN, TYPE
@@ -100,6 +102,11 @@ def gemm_q_few(
                 second = load_chunks(
                     codes_at, scales_at, zeros_at, start + STEP + K_WARPS, K, CHUNK, GROUP, TABLE, K_WARPS, SPAN, TYPE
                 )
+        if not EARLY:
+            near = load_inputs(x_at, start, K, CHUNK, PARTS, K_WARPS, SPAN)
+            far = near
+            if DEPTH == 2:
+                far = load_inputs(x_at, start + K_WARPS, K, CHUNK, PARTS, K_WARPS, SPAN)
         acc = add_chunks(acc, here, near, K, GROUP, FORM, RUN)
         if DEPTH == 2:
             acc = add_chunks(acc, after, far, K, GROUP, FORM, RUN)

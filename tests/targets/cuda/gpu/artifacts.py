@@ -49,6 +49,8 @@ KV8 = load_recipe("bf16-kv8-cuda").text.replace("format: fp8_e4m3", "format: fp8
 QUANTIZERS = {
     "int4": INT4,
     "zeros": INT4.replace("group_size: 32", "group_size: 32\n    symmetric: false"),
+    "int4_128": INT4.replace("group_size: 32", "group_size: 128"),
+    "zeros_64": INT4.replace("group_size: 32", "group_size: 64\n    symmetric: false"),
     "int8": INT8,
     "fp8_weights": INT8.replace("bits: 8", "format: fp8_e4m3"),
     "fp8": FP8,
