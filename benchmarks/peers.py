@@ -15,7 +15,8 @@ def add_peers(rows: list[Row], path: Path = PEERS) -> None:
     """Fill ``peer_ms`` and ``peer_ttft_ms`` of each row: ``name figure`` of every peer measured there, or None."""
     document = json.loads(path.read_text("utf-8"))
     for row in rows:
-        same = [p for p in document["peers"] if (p["model"], p["recipe"]) == (row["model"], row["recipe"])]
+        formats = row["recipe"].partition(", fast accumulation")[0]
+        same = [p for p in document["peers"] if (p["model"], p["recipe"]) == (row["model"], formats)]
         same = same if row["machine"] == document["machine"] else []
         row["peer_ms"] = figures(same, "ms", f"{row['batch']}x{row['prompt_len']}")
         row["peer_ttft_ms"] = figures(same, "ttft_ms", str(row["prompt_len"])) if row["batch"] == 1 else None

@@ -114,7 +114,7 @@ SHORT = {"fp8_e4m3": "fp8", "int8": "int8"}
 
 
 def summary(recipe: dict[str, Any]) -> str:
-    """A recipe in a few words: compute dtype, what is quantized and how, whether llmopt's CPU kernels are left out."""
+    """A recipe in a few words: compute dtype, what is quantized and how, what a target does in another way than by default."""
     words = [recipe["dtype"]]
     for entry in recipe["passes"]:
         name, options = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
@@ -127,7 +127,10 @@ def summary(recipe: dict[str, Any]) -> str:
         if name in ROUNDED:
             what, kind = ROUNDED[name]
             words.append(f"{what} {SHORT[options.get('format', kind)]}")
-    if not (recipe.get("target_options") or {}).get("native_kernels", True):
+    target = recipe.get("target_options") or {}
+    if (fast := target.get("fp8_fast_accumulation", "never")) != "never":
+        words.append(f"fast accumulation {fast}")
+    if not target.get("native_kernels", True):
         words.append("onnxruntime's kernels")
     return ", ".join(words)
 

@@ -124,6 +124,8 @@ def test_a_recipe_in_a_few_words():
     head = {"quantize_weights": {"bits": 8, "lm_head": True}}
     assert summary({"dtype": "float32", "passes": ["fuse_qkv", body, head]}) == "float32, int4 g32, head int8"
     assert summary(yaml.safe_load(load_recipe("fp8-cuda").text)) == "bfloat16, fp8, activations fp8"
+    fast = {"dtype": "bfloat16", "passes": [], "target_options": {"fp8_fast_accumulation": "prefill"}}
+    assert summary(fast) == "bfloat16, fast accumulation prefill"
     assert summary(yaml.safe_load(load_recipe("w8a8-cuda").text)) == "bfloat16, int8, activations int8"
     assert summary(yaml.safe_load(load_recipe("bf16-kv8-cuda").text)) == "bfloat16, kv fp8"
     assert summary(yaml.safe_load(load_recipe("int4-gptq-cpu").text)).startswith("float32, gptq int4 g")
