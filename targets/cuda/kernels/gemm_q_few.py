@@ -1,4 +1,4 @@
-"""Linear layer of up to 64 rows over weights of 4 and 8 bits: codes go from memory to the tensor cores in registers.
+"""Linear layer of up to 16 rows over weights of 4 and 8 bits: codes go from memory to the tensor cores in registers.
 
 Written in Gluon, which says what each thread holds. In ``gemm_q``, which is Triton, weights on their way to the tensor
 cores pass through shared memory, and each group's product is waited for: on an H200 the linears of an 8B layer over
@@ -27,8 +27,8 @@ from ._fragments import FORMS, input_layout, multiply, numbers, weight_layout, z
 from ._linear import flattened
 from .gemm import finish as store_tile
 
-MOST_ROWS = 64
-"""Rows of x at most: their sums take the registers."""
+MOST_ROWS = 16
+"""Rows of x at most: 32 take longer than in ``gemm_q``, as x passes through L1 for every 16 rows of the weight."""
 FIRST_US, SUMS = 3.0, 80e6
 """What an H200 takes over 8 to 32 rows, seen of four shapes: some microseconds, then products of code and x a
 microsecond."""
@@ -234,16 +234,14 @@ def form_of(values: Mapping[str, Any]) -> str:
     return kind + (" zeros" if values["zeros"] is not None else "")
 
 
-def shape_tiles(m: int, gated: bool) -> dict[str, int]:
+def shape_tiles(gated: bool) -> dict[str, int]:
     """Tile sizes and warps of a program nobody measured."""
-    if m <= 16:
-        return {"BN": 32 if gated else 16, "K_WARPS": 4 if gated else 8, "ROW_WARPS": 1, "DEPTH": 1, "SPLIT": 1}
-    return {"BN": 64, "K_WARPS": 2, "ROW_WARPS": 4, "DEPTH": 1, "SPLIT": 1}
+    return {"BN": 32 if gated else 16, "K_WARPS": 4 if gated else 8, "ROW_WARPS": 1, "DEPTH": 1, "SPLIT": 1}
 
 
 @dataclass(frozen=True)
 class GemmQFew:
-    """``llmopt.linear_q`` and ``cuda.linear_q`` of up to 64 rows."""
+    """``llmopt.linear_q`` and ``cuda.linear_q`` of up to 16 rows."""
 
     name: str = "gemm_q_few"
     ops: tuple[str, ...] = (QUANTIZED, LINEAR_Q)
@@ -271,7 +269,7 @@ class GemmQFew:
         if gate is not None and n % 2:
             return "gates and ups differ in number"
         tuned = find_linear(site.tuning, self.name, quantized_form(v, k), m, n, k, linear_form(v))
-        c = dict(tuned.config) if tuned else shape_tiles(m, gate is not None)
+        c = dict(tuned.config) if tuned else shape_tiles(gate is not None)
         bm, bn, split = max(8, pow2(m)), max(c["BN"], 32 if gate else 16), c["SPLIT"]
         tiles = cdiv(out.shape[1], bn if gate is None else bn // 2)
         tensors = {
@@ -293,7 +291,9 @@ class GemmQFew:
         why = f"{scheme(v, k)}, {bn} rows of codes a program" + (f", K in {split}" if split > 1 else "")
         why += f", {tuned.note}" if tuned else ", modelled"
         cost = max(modelled_us(moved, site.arch, efficiency=0.6), FIRST_US + n * k * m / SUMS)
-        return Selection((made,), why, tuned.us if tuned else cost)
+        if tuned:  # what another number of rows took says how long the codes take, not the sums
+            cost = tuned.us if tuned.note == "tuned" else max(tuned.us, FIRST_US + n * k * m / SUMS)
+        return Selection((made,), why, cost)
 
 
 def as_words(codes: Strided) -> Strided:

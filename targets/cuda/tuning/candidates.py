@@ -26,10 +26,7 @@ GEMV = (
 PERSISTENT = ((128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (256, 128, 64, 4, 8))
 
 
-FEW = (
-    (16, 4, 1), (16, 8, 1), (32, 2, 1), (32, 4, 1), (32, 8, 1), (32, 4, 2), (64, 1, 4), (64, 2, 4), (64, 4, 4),
-    (128, 1, 8),
-)  # fmt: skip
+FEW = ((16, 4, 1), (16, 8, 1), (32, 2, 1), (32, 4, 1), (32, 8, 1), (32, 4, 2), (64, 1, 4), (64, 2, 4), (64, 4, 4))
 """Rows of codes a program, warps that divide K and warps that divide the rows, of ``gemm_q_few``."""
 
 
@@ -110,17 +107,12 @@ def gemv_q(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
 
 
 def gemm_q_few(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """Up to 64 rows over codes of weights: 6 to 64 warps a multiprocessor that have two chunks each at least,
-    of 16 rows each where many rows of x leave few registers."""
+    """Up to 16 rows over codes of weights: 6 to 64 warps a multiprocessor that have two chunks each at least, of 16
+    rows each where more than 8 rows of x leave few registers."""
     for (bn, k_warps, row_warps), depth, split in product(FEW, (1, 2), (1, 2, 4)):
         warps, each = cdiv(n, bn) * split * k_warps * row_warps, bn // row_warps
-        if (
-            m <= 64
-            and k >= 256 * k_warps * depth * split
-            and 132 * 6 <= warps <= 132 * 64
-            and not (gated and bn < 32)
-            and (bn < 128 and (each > 16 or bn != 64 or k_warps > 1) if m <= 8 else each == 16 and depth * m <= 32)
-        ):
+        long = k >= 256 * k_warps * depth * split
+        if m <= 16 and long and 132 * 6 <= warps <= 132 * 64 and not (gated and bn < 32) and (m <= 8 or each == 16):
             yield {"BN": bn, "K_WARPS": k_warps, "ROW_WARPS": row_warps, "DEPTH": depth, "SPLIT": split}
 
 

@@ -53,7 +53,7 @@ PARTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("m", [1, 9, 33])
+@pytest.mark.parametrize("m", [1, 9])
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(parts))
 def test_codes_joined(parts: dict[str, Any], m: int) -> None:
     v = operands(m, 70, 256, 4, 64, **parts)
@@ -69,7 +69,7 @@ def test_a_shifted_part_shows() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"m": 65, "k": 256, "group": 128}, "more than 64 rows"),
+    ({"m": 17, "k": 256, "group": 128}, "more than 16 rows"),
     ({"m": 3, "k": 256, "group": 32}, "int4 codes in chunks of 32 columns"),
     ({"m": 3, "k": 256, "bits": 8, "group": 128, "zeros": True}, "int8 zeros codes in chunks of 128 columns"),
     ({"m": 3, "k": 300, "bits": 8, "group": 300}, "int8 codes in chunks of 128 columns"),
@@ -111,7 +111,7 @@ def test_the_ptx_of_every_code(type_: str) -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_builds_without_spills(arch: int, tmp_path: Path) -> None:
     jobs = []
-    for m in (1, 8, 16, 64):
+    for m in (1, 8, 16):
         for call in (
             quantized(m, 6144, 4096, 4, 128), quantized(m, 28672, 4096, 4, 64, True, gate="silu"),
             quantized(m, 4096, 14336, 8, 14336),
