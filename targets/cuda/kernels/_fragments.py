@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from triton.experimental import gluon  # type: ignore[import-untyped]
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
@@ -93,11 +93,13 @@ def numbers(words, addend, FORM: gl.constexpr, PART: gl.constexpr, DTYPE: gl.con
 
     ``addend``: what ``zero_addend`` gives; of forms without zero points it is not read."""
     if DTYPE == gl.bfloat16:
-        asm: gl.constexpr = ptx(FORM, PART, "bf16")
-        low, high = gl.inline_asm_elementwise(asm, "=h,=h,r,r", [words, addend], (gl.bfloat16, gl.bfloat16), True, 1)
+        low, high = gl.inline_asm_elementwise(
+            ptx(FORM, PART, "bf16"), "=h,=h,r,r", [words, addend], (gl.bfloat16, gl.bfloat16), True, 1
+        )
     else:
-        asm: gl.constexpr = ptx(FORM, PART, "fp16")
-        low, high = gl.inline_asm_elementwise(asm, "=h,=h,r,r", [words, addend], (gl.float16, gl.float16), True, 1)
+        low, high = gl.inline_asm_elementwise(
+            ptx(FORM, PART, "fp16"), "=h,=h,r,r", [words, addend], (gl.float16, gl.float16), True, 1
+        )
     return gl.reshape(gl.join(low, high), (words.shape[0], words.shape[1], 2 * words.shape[2]))
 
 

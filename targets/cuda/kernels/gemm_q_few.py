@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from triton.experimental import gluon  # type: ignore[import-untyped]
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: ignore[import-untyped]
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..eight_bits import QUANTIZED
 from ..fusion import ABSENT, LINEAR_Q
@@ -90,10 +90,7 @@ def gemm_q_few(
     for start in range(begin, end, STEP):
         here, after = first, second
         if EARLY:
-            near = load_inputs(x_at, start, K, CHUNK, PARTS, K_WARPS, SPAN)
-            far = near
-            if DEPTH == 2:
-                far = load_inputs(x_at, start + K_WARPS, K, CHUNK, PARTS, K_WARPS, SPAN)
+            near, far = load_steps(x_at, start, K, CHUNK, PARTS, K_WARPS, SPAN, DEPTH)
         if start + STEP < end:
             first = load_chunks(
                 codes_at, scales_at, zeros_at, start + STEP, K, CHUNK, GROUP, TABLE, K_WARPS, SPAN, TYPE
@@ -103,10 +100,7 @@ def gemm_q_few(
                     codes_at, scales_at, zeros_at, start + STEP + K_WARPS, K, CHUNK, GROUP, TABLE, K_WARPS, SPAN, TYPE
                 )
         if not EARLY:
-            near = load_inputs(x_at, start, K, CHUNK, PARTS, K_WARPS, SPAN)
-            far = near
-            if DEPTH == 2:
-                far = load_inputs(x_at, start + K_WARPS, K, CHUNK, PARTS, K_WARPS, SPAN)
+            near, far = load_steps(x_at, start, K, CHUNK, PARTS, K_WARPS, SPAN, DEPTH)
         acc = add_chunks(acc, here, near, K, GROUP, FORM, RUN)
         if DEPTH == 2:
             acc = add_chunks(acc, after, far, K, GROUP, FORM, RUN)
@@ -163,6 +157,19 @@ def entries(
     chunk = start + gl.arange(0, K_WARPS, gl.SliceLayout(1, at.type.layout))
     where = at + (chunk * CHUNK // GROUP * TABLE)[:, None]
     return gl.load(where) if EVEN else gl.load(where, mask=(chunk < K // CHUNK)[:, None], other=0)
+
+
+@gluon.jit
+def load_steps(
+    x_at, start, K: gl.constexpr, CHUNK: gl.constexpr, PARTS: gl.constexpr, K_WARPS: gl.constexpr, SPAN: gl.constexpr,
+    DEPTH: gl.constexpr,
+):  # fmt: skip
+    """What meets the chunks of a step, and those of its second half."""
+    near = load_inputs(x_at, start, K, CHUNK, PARTS, K_WARPS, SPAN)
+    far = near
+    if DEPTH == 2:
+        far = load_inputs(x_at, start + K_WARPS, K, CHUNK, PARTS, K_WARPS, SPAN)
+    return near, far
 
 
 @gluon.jit
