@@ -114,7 +114,7 @@ SHORT = {"fp8_e4m3": "fp8", "int8": "int8"}
 
 
 def summary(recipe: dict[str, Any]) -> str:
-    """A recipe in a few words: compute dtype, what is quantized and how, what the target does otherwise than by default."""
+    """A recipe in a few words: compute dtype, what is quantized and how, what the target does otherwise than usual."""
     words = [recipe["dtype"]]
     for entry in recipe["passes"]:
         name, options = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
