@@ -2,7 +2,7 @@
 
 Written in Gluon, which says what each thread holds. In ``gemm_q``, which is Triton, weights on their way to the tensor
 cores pass through shared memory, and each group's product is waited for: on an H200 the linears of an 8B layer over
-int4 take it some 97 us at 8 rows and this kernel 49, where the codes' bytes take 26 (ADR 35).
+int4 take it some 97 us at 8 rows (by the step) and this kernel 49, where the codes' bytes take 26 (ADR 35).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._linear import flattened
 from .gemm import finish as store_tile
 
 MOST_ROWS = 16
-"""Rows of x at most: 32 take longer than in ``gemm_q``, as x passes through L1 for every 16 rows of the weight."""
+"""Rows of x at most: 32 take longer than in ``gemm_q`` (measured on an H200)."""
 FIRST_US, SUMS = 3.0, 80e6
 """What an H200 takes over 8 to 32 rows, seen of four shapes: some microseconds, then products of code and x a
 microsecond."""
@@ -60,7 +60,7 @@ def gemm_q_few(
     TYPE: gl.constexpr = x.dtype.element_ty
     SHARE: gl.constexpr = (K // CHUNK + SPAN - 1) // SPAN * STEP
     TABLE: gl.constexpr = N // SHARED
-    EARLY: gl.constexpr = BM <= 8  # x waits behind codes asked for before it; of more rows it would take the registers
+    EARLY: gl.constexpr = BM <= 8  # measured: before the next codes up to 8 rows, after them from 16 on
     tile = gl.program_id(0)
     begin = gl.program_id(1) * SHARE
     end = begin + SHARE
