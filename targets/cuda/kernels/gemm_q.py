@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
 import triton.language as tl
+
+from llmopt.program import dtype_bytes
 
 from ..eight_bits import QUANTIZED
 from ..fusion import ABSENT, LINEAR_Q
@@ -168,10 +171,28 @@ def shape_tiles(m: int, n: int, k: int, bits: int, gated: bool, arch: int) -> di
 
 def as_loaded(codes: Strided, wide: bool) -> Strided:
     """Codes as the elements that the kernel loads: halfwords or bytes."""
-    if not wide:
-        return replace(codes, dtype="uint8")
-    strides = (*(s // 2 for s in codes.strides[:-1]), 1)
-    return replace(codes, dtype="int16", shape=(*codes.shape[:-1], codes.shape[-1] // 2), strides=strides)
+    return as_elements(codes, "int16" if wide else "uint8")
+
+
+def as_elements(codes: Strided, dtype: str) -> Strided:
+    """Bytes of codes, dense in each row, as elements of an integer type."""
+    size = dtype_bytes(dtype)
+    strides = (*(s // size for s in codes.strides[:-1]), 1)
+    return replace(codes, dtype=dtype, shape=(*codes.shape[:-1], codes.shape[-1] // size), strides=strides)
+
+
+def read_rows(v: Mapping[str, Any], out: Strided) -> tuple[Strided, Strided, Strided | None] | str:
+    """x, result and residual of a linear over codes as (rows, columns), or why the kernels over tiles cannot do it."""
+    x, found, residual = flattened(v["x"]), flattened(out), flattened(v["residual"])
+    if x is None or found is None or (residual is None) != (v["residual"] is None):
+        return "the rows are not evenly spaced"
+    if x.dtype not in ("bfloat16", "float16"):
+        return f"activations of {x.dtype}"
+    if not found.contiguous or not (residual is None or residual.contiguous):
+        return "the results are strided"
+    if v["gate"] is not None and v["gate"] not in ACTIVATIONS:
+        return f"activation {v['gate']}"
+    return x, found, residual
 
 
 @dataclass(frozen=True)
@@ -184,15 +205,10 @@ class GemmQ:
     def select(self, site: CallSite) -> Selection | str:
         v: Any = {**ABSENT, **site.values}
         codes, gate, bits = v["codes"], v["gate"], v["bits"]
-        x, out, residual = flattened(v["x"]), flattened(site.outputs[0]), flattened(v["residual"])
-        if x is None or out is None or (residual is None) != (v["residual"] is None):
-            return "the rows are not evenly spaced"
-        if x.dtype not in ("bfloat16", "float16"):
-            return f"activations of {x.dtype}"
-        if not out.contiguous or not (residual is None or residual.contiguous):
-            return "the results are strided"
-        if gate is not None and gate not in ACTIVATIONS:
-            return f"activation {gate}"
+        rows = read_rows(v, site.outputs[0])
+        if isinstance(rows, str):
+            return rows
+        x, out, residual = rows
         (m, k), n, group = x.shape, codes.shape[0], v["block_k"]
         tuned = find_linear(site.tuning, self.name, quantized_form(v, k), m, n, k, linear_form(v))
         c = dict(tuned.config) if tuned else shape_tiles(m, n, k, bits, gate is not None, site.arch)

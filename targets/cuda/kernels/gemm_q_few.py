@@ -8,7 +8,7 @@ int4 take it some 97 us at 8 rows (by the step) and this kernel 49, where the co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from triton.experimental import gluon
@@ -17,15 +17,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..eight_bits import QUANTIZED
 from ..fusion import ABSENT, LINEAR_Q
-from ..kernel import CallSite, Scratch, Selection, Strided
+from ..kernel import CallSite, Scratch, Selection
 from ..pack import chunk_of, parts_of
 from ..tuning import find_linear, linear_form, quantized_form
-from ._common import ACTIVATIONS, cdiv, launch, modelled_us, nbytes, pow2
+from ._common import cdiv, launch, modelled_us, nbytes, pow2
 from ._eight_bits import scheme
 from ._few_twin import gemm_q_few_twin, weight_row
 from ._fragments import FORMS, input_layout, multiply, numbers, weight_layout, zero_addend
-from ._linear import flattened
 from .gemm import finish as store_tile
+from .gemm_q import as_elements, read_rows
 
 MOST_ROWS = 16
 """Rows of x at most: 32 take longer than in ``gemm_q`` (measured on an H200)."""
@@ -256,19 +256,14 @@ class GemmQFew:
     def select(self, site: CallSite) -> Selection | str:
         v: Any = {**ABSENT, **site.values}
         codes, gate, bits = v["codes"], v["gate"], v["bits"]
-        x, out, residual = flattened(v["x"]), flattened(site.outputs[0]), flattened(v["residual"])
-        if x is None or out is None or (residual is None) != (v["residual"] is None):
-            return "the rows are not evenly spaced"
-        if not out.contiguous or not (residual is None or residual.contiguous):
-            return "the results are strided"
+        rows = read_rows(v, site.outputs[0])
+        if isinstance(rows, str):
+            return rows
+        x, out, residual = rows
         (m, k), n, group = x.shape, codes.shape[0], v["block_k"]
         chunk, form = chunk_of(bits, group, k), form_of(v)
-        if x.dtype not in ("bfloat16", "float16"):
-            return f"activations of {x.dtype}"
         if form not in FORMS["bf16"] or chunk < 64 or k % chunk or codes.dtype != "uint8":
             return f"{form} codes in chunks of {chunk} columns"
-        if gate is not None and gate not in ACTIVATIONS:
-            return f"activation {gate}"
         if m > MOST_ROWS:
             return f"more than {MOST_ROWS} rows"
         if x.strides[0] % 8 or x.offset % 8:
@@ -280,7 +275,7 @@ class GemmQFew:
         bm, bn, split = max(8, pow2(m)), max(c["BN"], 32 if gate else 16), c["SPLIT"]
         tiles = cdiv(out.shape[1], bn if gate is None else bn // 2)
         tensors = {
-            "x": x, "codes": as_words(codes), "scales": v["scales"], "zeros": v["zeros"], "bias": v["bias"],
+            "x": x, "codes": as_elements(codes, "int32"), "scales": v["scales"], "zeros": v["zeros"], "bias": v["bias"],
             "residual": residual, "out": out, "M": m,
             "partial": Scratch("partial", 4 * tiles * split * bm * bn) if split > 1 else None,
             "counter": Scratch("counter", 4 * tiles, zeroed=True) if split > 1 else None,
@@ -297,16 +292,10 @@ class GemmQFew:
         )  # fmt: skip
         why = f"{scheme(v, k)}, {bn} rows of codes a program" + (f", K in {split}" if split > 1 else "")
         why += f", {tuned.note}" if tuned else ", modelled"
-        cost = max(modelled_us(moved, site.arch, efficiency=0.6), FIRST_US + n * k * m / SUMS)
-        if tuned:  # what another number of rows took says how long the codes take, not the sums
-            cost = tuned.us if tuned.note == "tuned" else max(tuned.us, FIRST_US + n * k * m / SUMS)
+        cost = tuned.us if tuned else modelled_us(moved, site.arch, efficiency=0.6)
+        if tuned is None or tuned.note != "tuned":  # other rows say how long the codes take, not the sums
+            cost = max(cost, FIRST_US + n * k * m / SUMS)
         return Selection((made,), why, cost)
-
-
-def as_words(codes: Strided) -> Strided:
-    """Codes as the elements that the kernel loads: words of 4 bytes."""
-    strides = (*(s // 4 for s in codes.strides[:-1]), 1)
-    return replace(codes, dtype="int32", shape=(*codes.shape[:-1], codes.shape[-1] // 4), strides=strides)
 
 
 KERNEL = GemmQFew()
