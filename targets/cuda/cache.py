@@ -50,6 +50,8 @@ class Job:
     def identity(self) -> str:
         """Digest of what is asked for, whatever the source and compiler."""
         spec = {**asdict(self.specialization), "module": short_name(self.specialization.module), "arch": self.arch}
+        if not spec["registers"]:
+            del spec["registers"]
         return digest(json.dumps(spec, sort_keys=True))
 
     def parts(self) -> dict[str, str]:

@@ -53,7 +53,8 @@ class Specialization:
     """One cubin: a jitted function with everything the compiler must know.
 
     ``signature``: Triton type of each runtime parameter in order (``*bf16``, ``i32``, ``fp32``, …); pointers are
-    16-byte aligned unless named in ``unaligned``. ``constexprs``: compile-time parameters.
+    16-byte aligned unless named in ``unaligned``. ``constexprs``: compile-time parameters. ``registers``: of a thread
+    at most where programs must fit beside each other, 0 for as many as there are.
     """
 
     module: str
@@ -64,6 +65,7 @@ class Specialization:
     num_stages: int = 3
     pdl: bool = False
     unaligned: tuple[str, ...] = ()
+    registers: int = 0
 
 
 Argument = Strided | Scratch | TmaOperand | int | float

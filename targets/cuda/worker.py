@@ -36,9 +36,14 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         for name, type_ in signature.items()
         if type_.startswith("*") and name not in job["unaligned"]
     }
-    make = GluonASTSource if function.is_gluon() else ASTSource
-    source = make(function, ordered, constexprs, aligned)
-    options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"], **dict(job.get("options", ()))}
+    if function.is_gluon():
+        ordered = {name: with_layout(type_) for name, type_ in ordered.items()}
+        source = GluonASTSource(function, ordered, constexprs, aligned)
+    else:
+        source = ASTSource(function, ordered, constexprs, aligned)
+    options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"]}
+    if job["registers"]:
+        options["maxnreg"] = job["registers"]
     compiled = compile(source, target=GPUTarget("cuda", job["arch"], 32), options=options)
     meta = compiled.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
@@ -55,6 +60,17 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "spills": spills,
         "tensor_maps": [[m["block_size"], SWIZZLE_BYTES[m["swizzle"]]] for m in getattr(meta, "tensordesc_meta", ())],
     }
+
+
+def with_layout(type_: str) -> str:
+    """A type as Gluon wants it: of a descriptor, ``tensordesc<i16[64, 32],64>``, the swizzle becomes a layout."""
+    from triton.experimental.gluon.language import NVMMASharedLayout  # type: ignore[import-untyped]
+
+    found = re.fullmatch(r"(tensordesc<[a-z]+(\d+)\[([\d, ]+)\]),(\d+)>", type_)
+    if found is None:
+        return type_
+    head, bits, extents, swizzle = found.groups()
+    return f"{head},{NVMMASharedLayout(int(swizzle), int(bits), rank=len(extents.split(',')))!r}>"
 
 
 def resources(cubin: bytes, symbol: str, folder: Path) -> tuple[int, int]:

@@ -19,7 +19,14 @@ POINTERS = {
     "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "float64": "*fp64", "int32": "*i32",
     "int64": "*i64", "int16": "*i16", "bool": "*i1", "int8": "*i8", "uint8": "*u8", "float8_e4m3fn": "*fp8e4nv",
 }  # fmt: skip
-ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8", "float8_e4m3fn": "fp8e4nv"}
+ELEMENTS = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "int8": "i8",
+    "int16": "i16",
+    "float8_e4m3fn": "fp8e4nv",
+}
 FLOATS = ("bfloat16", "float16", "float32")
 SM_COUNT = {80: 108, 89: 142, 90: 132, 100: 148}
 BANDWIDTH = {80: 1.9e6, 89: 0.86e6, 90: 4.39e6, 100: 7.0e6}
@@ -157,15 +164,16 @@ def modelled_us(moved: int, arch: int, launches: int = 1, efficiency: float = 0.
     return launches * LAUNCH_US + moved / (efficiency * BANDWIDTH.get(arch, 1e6))
 
 
-def type_of(arg: Any, scratch_type: str) -> str:
-    """Triton's type of a runtime argument."""
+def type_of(arg: Any, scratch_type: str, gluon: bool) -> str:
+    """Triton's type of a runtime argument; Gluon's descriptors are told the swizzle as well."""
     match arg:
         case Strided():
             return POINTERS[arg.dtype]
         case Scratch():
             return scratch_type
         case TmaOperand():
-            return f"tensordesc<{ELEMENTS[arg.value.dtype]}[{', '.join(map(str, arg.box))}]>"
+            swizzle = f",{arg.swizzle}" if gluon else ""
+            return f"tensordesc<{ELEMENTS[arg.value.dtype]}[{', '.join(map(str, arg.box))}]{swizzle}>"
         case float():
             return "fp32"
     return "i32"
@@ -182,22 +190,24 @@ def launch(
     stages: int = 3,
     moved: int = 0,
     scratch: Mapping[str, str] | None = None,
+    registers: int = 0,
 ) -> KernelLaunch:
     """A launch of a jitted function. ``tensors``: runtime arguments by parameter name, None for an absent one, which
-    becomes a constant; ``scratch``: types of the scratch pointers. From sm_90 on, launches are
-    programmatic dependent ones."""
+    becomes a constant; ``scratch``: types of the scratch pointers; ``registers``: see Specialization. From sm_90 on,
+    launches are programmatic dependent ones."""
     pdl = arch >= 90
     given = {name: arg for name, arg in tensors.items() if arg is not None}
     absent = {name: None for name, arg in tensors.items() if arg is None}
     order = [name for name in function.arg_names if name in given]
-    signature = tuple((name, type_of(given[name], (scratch or {}).get(name, ""))) for name in order)
+    gluon = getattr(function, "is_gluon", bool)()
+    signature = tuple((name, type_of(given[name], (scratch or {}).get(name, ""), gluon)) for name in order)
     values = {**absent, **constants, "PDL": pdl}
     constexprs = tuple((name, values[name]) for name in function.arg_names if name in values)
     offsets = {n: a.offset * nbytes_of(a) for n, a in given.items() if isinstance(a, Strided)}
     unaligned = tuple(name for name in order if offsets.get(name, 0) % 16)
     spec = Specialization(
         function.fn.__module__, function.__name__, signature, constexprs, num_warps=warps, num_stages=stages, pdl=pdl,
-        unaligned=unaligned,
+        unaligned=unaligned, registers=registers,
     )  # fmt: skip
     full = (*grid, 1, 1)[:3]
     return KernelLaunch(spec, (full[0], full[1], full[2]), tuple(given[name] for name in order), moved)

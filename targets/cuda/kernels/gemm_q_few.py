@@ -24,6 +24,7 @@ from ._common import cdiv, launch, modelled_us, nbytes, pow2
 from ._eight_bits import scheme
 from ._few_twin import gemm_q_few_twin, weight_row
 from ._fragments import FORMS, input_layout, multiply, numbers, weight_layout, zero_addend
+from ._gluon import barrier
 from .gemm import finish as store_tile
 from .gemm_q import as_elements, read_rows
 
@@ -113,9 +114,9 @@ def gemm_q_few(
         spot += gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :]
         parts = partial + (tile * SPLIT).to(gl.int64) * (BN * BM) + spot
         gl.store(parts + gl.program_id(1) * (BN * BM), total)
-        gl.barrier()
+        barrier()
         if gl.atomic_add(counter + tile, 1, sem="acq_rel") == SPLIT - 1:
-            gl.barrier()
+            barrier()
             total = gl.zeros((BN, BM), gl.float32, LAYOUT)
             for i in gl.static_range(SPLIT):
                 total += gl.load(parts + i * (BN * BM), cache_modifier=".cg")

@@ -23,7 +23,7 @@ def no_compiler(jobs: Iterable[Job], *_: Any) -> dict[Job, Compiled]:
     found = {}
     for job in jobs:
         types = [kind for _, kind in job.specialization.signature if kind.startswith("tensordesc")]
-        boxes = [re.findall(r"\d+", kind.partition("[")[2]) for kind in types]
+        boxes = [re.findall(r"\d+", kind.partition("[")[2].partition("]")[0]) for kind in types]
         maps = tuple((tuple(map(int, box)), 0) for box in boxes)
         found[job] = Compiled(b"no code", job.specialization.function, 32, 0, 32, 0, maps)
     return found

@@ -26,7 +26,7 @@ _STATIC_SHARED = 48 << 10
 _SWIZZLE = {0: "NONE", 32: "32B", 64: "64B", 128: "128B"}
 _ELEMENT = {
     "bfloat16": "BFLOAT16", "float16": "FLOAT16", "float32": "FLOAT32", "int32": "INT32", "uint8": "UINT8",
-    "int8": "UINT8", "float8_e4m3fn": "UINT8",
+    "int8": "UINT8", "int16": "UINT16", "float8_e4m3fn": "UINT8",
 }  # fmt: skip
 _SCRATCH_PARAMETERS = 2
 """Triton kernels end with two pointers to scratch of the launcher's, which the build refuses to need."""

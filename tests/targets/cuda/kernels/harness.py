@@ -36,8 +36,9 @@ class Memory:
         return Strided(name, dtype_name(x.dtype), tuple(x.shape), tuple(x.stride()))
 
     def get(self, x: Strided) -> Tensor:
-        """A value as a tensor over its buffer."""
-        return torch.as_strided(self.flat[x.buffer], x.shape, x.strides, GUARD + x.offset)
+        """A value as a tensor over its buffer, whose elements may be seen as others."""
+        flat = self.flat[x.buffer][GUARD:].view(getattr(torch, x.dtype))
+        return torch.as_strided(flat, x.shape, x.strides, flat.storage_offset() + x.offset)
 
     def scratch(self, arg: Scratch) -> Tensor:
         """A scratch buffer: zeros where promised, else NaN."""
