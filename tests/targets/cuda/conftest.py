@@ -11,6 +11,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from tests.targets.cuda.remembering import install
+
 plain_convert = interpreter._convert_float
 
 
@@ -42,3 +44,5 @@ def dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
 
 
 InterpreterBuilder.create_dot = dot
+
+install()
