@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.quality import plant
 from llmopt.frontend import capture, load_checkpoint
 from llmopt.ir.module import Module
+from llmopt.ir.rewrite import copy_module
 from llmopt.report.accuracy import Doubles, block_bootstrap, kl_divergence, mean
 from llmopt.report.proof import logits
 from tests.calibration.running import calibrated
@@ -43,12 +44,13 @@ class Quality:
         self.checkpoint, self.folder = shared / "models" / model, folder
         self.windows = torch.from_numpy(held_out_windows(shared, model)[:windows])
         self.tokens = calibration_windows(shared, model, calibration)
+        self.fused = capture(load_checkpoint(self.checkpoint), torch.float32, 512).module
+        run(self.fused, *FUSIONS)
         self.exact = self.run(self.module([]))
         self.known: dict[str, Doubles] = {}
 
     def module(self, passes: list[tuple[str, dict[str, Any]]], planted: bool = False) -> Module:
-        module = capture(load_checkpoint(self.checkpoint), torch.float32, 512).module
-        run(module, *FUSIONS)
+        module = copy_module(self.fused)
         if planted:
             plant(module)
         calibrated(module, self.folder, *passes, tokens=self.tokens)
