@@ -7,10 +7,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 from typing import Any
 
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from targets.cuda.cache import CubinCache
 from tests.targets.cuda.remembering import install
 
 plain_convert = interpreter._convert_float
@@ -46,3 +48,12 @@ def dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
 InterpreterBuilder.create_dot = dot
 
 install()
+
+
+@pytest.fixture(scope="session")
+def cubins() -> CubinCache:
+    """The cache that builds use: what the same compiler made of the same sources before is not compiled again.
+
+    That it would be the same, test_cuda_reproducible shows with an empty one.
+    """
+    return CubinCache()
