@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import shutil
 from functools import cache
 from pathlib import Path
@@ -17,11 +16,21 @@ from tests.architectures import make_checkpoint
 
 
 @cache
+def folder() -> Path:
+    """Where the checkpoints lie."""
+    return Path(mkdtemp(prefix="llmopt-checkpoints-"))
+
+
+def remove() -> None:
+    """Remove the checkpoints, at the end of a session."""
+    shutil.rmtree(folder())
+    folder.cache_clear()
+
+
+@cache
 def checkpoint(architecture: str) -> Path:
     """The checkpoint of an architecture, fp32, to be read alone."""
-    folder = Path(mkdtemp(prefix="llmopt-checkpoint-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return make_checkpoint(architecture, folder)
+    return make_checkpoint(architecture, folder() / architecture)
 
 
 @cache
