@@ -16,7 +16,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-gpu bench soak docs clean
+.PHONY: help demo lint check test test-gpu bench soak docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,13 +37,15 @@ demo: $(STAMP) ## Compile the embedded model, show what was done, generate text 
 	$(BIN)/llmopt run build/demo --prompt 'The old house stood' --max-tokens 60 --temperature 0.7 --seed 1
 	$(BIN)/llmopt bench build/demo --prompt-len 64 --gen-len 32
 
-check: $(STAMP) ## Format, lint, types, import contracts, fast tests (eight minutes on two slow cores)
+lint: $(STAMP) ## Format, lint, types, import contracts, benchmark pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror targets/onnxruntime/native/*.[ch]
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/render.py --check
+
+check: lint ## The same and the fast tests (six minutes on two slow cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow and not gpu'
 
 test: $(STAMP) ## Everything that runs without a GPU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def shared() -> Path:
     if not (path / "models").is_dir():
         pytest.skip("the shared reference models are not on this machine (set LLMOPT_SHARED)")
     return path
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the checkpoints that tests shared; a worker of xdist ends without its exit handlers."""
+    if shared_checkpoints := sys.modules.get("tests.captured"):
+        shared_checkpoints.remove()
 
 
 # Tests in these files run once an architecture: make check takes the plainest, make test all of them.

@@ -41,7 +41,7 @@ class Module:
     rewrite_kv_cache; ``state_outputs`` maps a function's state placeholder to the index of its final version
     among the outputs. ``originals``: what quantized weights were made of, by the name their codes extend.
     ``precision``: bits and group size chosen for a weight, whatever a quantizer's own are (None: leave it as it is).
-    ``notes``: what passes want to have in report.json, by their names.
+    ``notes``: what passes want to have in report.json, by their names. ``propagated``: see ir/propagation.py.
     """
 
     functions: dict[str, fx.GraphModule]
@@ -55,6 +55,7 @@ class Module:
     originals: dict[str, Weight] = field(default_factory=dict)
     precision: dict[str, Precision | None] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    propagated: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_quantized(self) -> bool:

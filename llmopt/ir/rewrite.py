@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -187,6 +188,17 @@ def copy_graph(source: fx.Graph) -> fx.Graph:
         made[node] = graph.node_copy(node, made.__getitem__)
         made[node].meta = dict(node.meta)
     return graph
+
+
+def copy_module(module: Module) -> Module:
+    """A copy that passes may rewrite: functions and tables are its own, weights and values' types are shared."""
+    functions = {}
+    for name, function in module.functions.items():
+        # weights are nodes of the graph, not attributes to copy
+        functions[name] = fx.GraphModule(torch.nn.Module(), fx.Graph())
+        functions[name].graph = copy_graph(function.graph)
+    tables = {f.name: copy(getattr(module, f.name)) for f in fields(module) if f.name != "propagated"}
+    return replace(module, **{**tables, "functions": functions})
 
 
 def precedes(a: fx.Node, b: fx.Node) -> bool:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import fx
 
 from llmopt.errors import PassError
 from llmopt.ir.linears import source_linear
 from llmopt.ir.module import Module, Precision
 from llmopt.ir.quant import QuantTensor
-from llmopt.ir.rewrite import arguments, aten, copy_graph, dialect
+from llmopt.ir.rewrite import arguments, aten, copy_module, dialect
 from llmopt.ir.weights import checkpoint_names
 from llmopt.target import TargetInfo
 
@@ -197,12 +196,8 @@ def free_stem(module: Module, name: str, tensor: QuantTensor) -> str:
 def restored(module: Module, keep: Collection[str]) -> Module:
     """A copy whose quantized calls, but those over the weights ``keep``, read what they were made of again, and
     unrounded activations."""
-    functions = {}
-    for name, function in module.functions.items():
-        functions[name] = fx.GraphModule(torch.nn.Module(), fx.Graph())
-        functions[name].graph = copy_graph(function.graph)
-    copy = replace(module, functions=functions, weights=dict(module.weights))
-    for function in functions.values():
+    copy = copy_module(module)
+    for function in copy.functions.values():
         for node in [n for n in function.graph.nodes if n.target in CODES]:
             names = quantized_names(node)
             if not set(names).isdisjoint(keep) or not set(names) <= module.originals.keys():

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import llmopt.ir.ops  # noqa: F401  (registers the dialect)
 from llmopt.errors import PassError
 from llmopt.ir.module import Module
+from llmopt.ir.propagation import Propagation
 from llmopt.ir.rewrite import same_shape
 from llmopt.program import StateSpec
 
@@ -33,28 +33,20 @@ BAD_TAGS = (
 
 
 def refresh(module: Module) -> None:
-    """Recompute every node's ``meta["val"]`` from the placeholders'. Raises PassError naming the node that fails."""
+    """Recompute every node's ``meta["val"]`` from the placeholders'. Raises PassError naming the node that fails.
+
+    What a call gives for the same types of arguments is computed once for all refreshes of the module.
+    """
     for name, function in module.functions.items():
         _check_structure(name, function.graph)
         inputs = [n.meta["val"] for n in function.graph.nodes if n.op == "placeholder"]
-        propagation = Propagation(function, module.fake_mode)
+        propagation = Propagation(function, module.fake_mode, module.propagated)
         try:
             with enable_python_dispatcher():  # without it torch 2.11 specializes T
                 propagation.propagate_dont_convert_inputs(*inputs)
         except Exception as error:
             what = f"shapes do not propagate: {str(error).splitlines()[0] if str(error) else error!r}"
             raise PassError(what, where=_where(name, propagation.current)) from error
-
-
-class Propagation(FakeTensorProp):
-    """FakeTensorProp that takes weights from their nodes: no attribute stands behind them."""
-
-    current: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        """The node's fake value; ``current`` is the node being computed, for errors."""
-        self.current = n
-        return n.meta["val"] if n.op == "get_attr" else super().run_node(n)
 
 
 def verify(module: Module, before: dict[str, Any] | None = None) -> None:

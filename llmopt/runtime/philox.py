@@ -7,21 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
+_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
+_ROUNDS = np.arange(10, dtype=np.uint64)[:, None, None]
 _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
 
 
 def philox4x32(counter: npt.NDArray[np.uint32], key: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     """Ten rounds on counters (4, n) uint32 with keys (2, n) uint32; four random words (4, n) uint32."""
-    c0, c1, c2, c3 = counter.astype(np.uint64)
-    k0, k1 = key.astype(np.uint64)
-    for _ in range(10):
-        left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (right >> _WORD) ^ c1 ^ k0, right & _LOW, (left >> _WORD) ^ c3 ^ k1, left & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return np.stack((c0, c1, c2, c3)).astype(np.uint32)
+    even, odd = counter[::2].astype(np.uint64), counter[1::2].astype(np.uint64)
+    for round_key in (key.astype(np.uint64) + _ROUNDS * _WEYL) & _LOW:
+        product = (even * _MULTIPLIERS)[::-1]
+        even, odd = (product >> _WORD) ^ odd ^ round_key, product & _LOW
+    return np.stack((even, odd), axis=1).reshape(4, -1).astype(np.uint32)
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:

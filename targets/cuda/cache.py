@@ -56,7 +56,9 @@ class Job:
 
     def parts(self) -> dict[str, str]:
         """What the cubin depends on beside its identity."""
-        return {"source": source_digest(self.specialization.module), "triton": self.compiler, "format": FORMAT}
+        worker = source_digest(f"{__package__}.worker")
+        source = source_digest(self.specialization.module)
+        return {"source": source, "triton": self.compiler, "worker": worker, "format": FORMAT}
 
     def key(self) -> str:
         """Name of the cache entry."""
@@ -152,6 +154,7 @@ class CubinCache:
         words = {
             "source": f"{short_name(job.specialization.module)}.py or what it imports changed",
             "triton": f"Triton {last.get('triton')} became {job.compiler}",
+            "worker": "the compile worker changed",
             "format": "the cache's format changed",
         }
         return ", ".join(words[name] for name in changed)

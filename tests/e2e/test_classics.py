@@ -113,7 +113,16 @@ def test_greedy_text_equals_generate(shared: Path, tmp_path: Path) -> None:
         found = [list(c.tokens) for c in session.engine.generate(prompts, params)]
     model = load(shared, MODEL)
     for tokens, prompt in zip(found, prompts, strict=True):
+        assert tokens == greedy(model, [*prompt, *tokens])[len(prompt) - 1 : -1]
+    for tokens, prompt in zip(found[:2], prompts[:2], strict=True):
         expected = model.generate(
             torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
         )
         assert tokens == expected[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def greedy(model: Any, tokens: list[int]) -> list[int]:
+    """The likeliest token after each of ``tokens``: what ``generate`` would take, if they are its own, at once."""
+    likeliest: list[int] = model(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+    return likeliest

@@ -13,8 +13,9 @@ from torch import Tensor
 from benchmarks.quality import plant
 from llmopt.frontend import capture, load_checkpoint
 from llmopt.ir.module import Module
+from llmopt.ir.rewrite import copy_module
 from llmopt.report.accuracy import Doubles, block_bootstrap, kl_divergence, mean
-from llmopt.report.proof import logits
+from llmopt.report.proof import OutputErrors, logits
 from tests.calibration.running import calibrated
 from tests.e2e.classics import calibration_windows, held_out_windows
 from tests.passes.running import FUSIONS, run
@@ -37,18 +38,20 @@ SCHEMES: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 
 class Quality:
-    """KL of schemes from fp32 on held-out windows, (windows, tokens), each computed once."""
+    """KL of schemes from fp32 on held-out windows, (windows, tokens); each is made and computed once."""
 
     def __init__(self, shared: Path, folder: Path, model: str = MODEL, windows: int = 6, calibration: int = 16) -> None:
         self.checkpoint, self.folder = shared / "models" / model, folder
         self.windows = torch.from_numpy(held_out_windows(shared, model)[:windows])
         self.tokens = calibration_windows(shared, model, calibration)
+        self.fused = capture(load_checkpoint(self.checkpoint), torch.float32, 512).module
+        run(self.fused, *FUSIONS)
         self.exact = self.run(self.module([]))
         self.known: dict[str, Doubles] = {}
+        self.made: dict[str, Module] = {}
 
     def module(self, passes: list[tuple[str, dict[str, Any]]], planted: bool = False) -> Module:
-        module = capture(load_checkpoint(self.checkpoint), torch.float32, 512).module
-        run(module, *FUSIONS)
+        module = copy_module(self.fused)
         if planted:
             plant(module)
         calibrated(module, self.folder, *passes, tokens=self.tokens)
@@ -57,12 +60,25 @@ class Quality:
     def run(self, module: Module) -> list[Tensor]:
         return [logits(module, window) for window in self.windows]
 
+    def scheme(self, name: str, planted: bool = False) -> Module:
+        if name not in self.made:
+            self.made[name] = self.module(SCHEMES[name], planted)
+        return self.made[name]
+
     def kl(self, scheme: str, planted: bool = False) -> Doubles:
         if scheme not in self.known:
-            made = self.run(self.module(SCHEMES[scheme], planted))
+            made = self.run(self.scheme(scheme, planted))
             rows = [kl_divergence(a.numpy(), b.numpy()) for a, b in zip(self.exact, made)]
             self.known[scheme] = np.stack(rows)
         return self.known[scheme]
+
+    def output_errors(self, scheme: str) -> dict[str, float]:
+        """Of each linear, on two windows."""
+        errors = OutputErrors(self.scheme(scheme))
+        for window in self.windows[:2]:
+            errors.reset()
+            logits(self.scheme(scheme), window, errors.observe)
+        return {layer["name"]: layer["output_error"] for layer in errors.layers()}
 
 
 # What the tests of a model share is computed once, by one worker.
@@ -103,6 +119,14 @@ def test_better_than_rounding_to_nearest(quality: Quality, scheme: str) -> None:
     difference = block_bootstrap(quality.kl(scheme) - quality.kl("rounded"), mean)
     assert difference.high < 0
     assert quality.kl(scheme).mean() < 0.85 * quality.kl("rounded").mean()
+
+
+@pytest.mark.slow
+@DENSE
+def test_every_linear_errs_less_than_rounded(quality: Quality) -> None:
+    rounded, found = (quality.output_errors(scheme) for scheme in ("rounded", "gptq"))
+    assert len(found) == 32
+    assert all(found[name] < rounded[name] for name in rounded)
 
 
 @pytest.mark.slow

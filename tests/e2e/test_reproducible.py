@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 
-def build(checkpoint: Path, folder: Path, seed: str, recipe: str) -> dict[str, str]:
-    """sha256 of every file of an artifact compiled by a fresh process inside ``folder``."""
+def build(checkpoint: Path, folder: Path, seed: str, recipe: str, cache: Path | None = None) -> dict[str, str]:
+    """sha256 of every file of an artifact compiled by a fresh process inside ``folder``, with an empty cache or one."""
     folder.mkdir()
     shutil.copytree(checkpoint, folder / "model")
-    environment = {**os.environ, "PYTHONHASHSEED": seed, "LLMOPT_CACHE": str(folder / "cache")}
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "LLMOPT_CACHE": str(cache or folder / "cache")}
     command = [sys.executable, "-m", "llmopt.cli.main", "compile", "model", "-r", recipe, "-o", "artifact"]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
     files = sorted(p for p in (folder / "artifact").rglob("*") if p.is_file())
@@ -28,4 +28,4 @@ def test_artifacts_are_byte_identical(embedded_model: Path, tmp_path: Path) -> N
     first = build(embedded_model, tmp_path / "here", "1", "int4-cpu")
     second = build(embedded_model, tmp_path / "elsewhere", "2", "int4-cpu")
     assert first == second
-    assert build(embedded_model, tmp_path / "other", "1", "int8-cpu") != first
+    assert build(embedded_model, tmp_path / "other", "1", "int8-cpu", tmp_path / "here" / "cache") != first

@@ -30,7 +30,13 @@ def tokens(length: int) -> torch.Tensor:
     return torch.randint(3, VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+# Each is captured once, by one worker.
+EVERY_ARCHITECTURE = [
+    pytest.param(name, marks=pytest.mark.xdist_group(f"capture of {name}")) for name in sorted(ARCHITECTURES)
+]
+
+
+@pytest.fixture(scope="module", params=EVERY_ARCHITECTURE)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Captured]:
     """transformers' model of an architecture and its capture."""
     path = make_checkpoint(request.param, tmp_path_factory.mktemp(request.param.replace("/", "-")))

@@ -10,14 +10,13 @@ import torch
 from expecttest import assert_expected_inline
 
 from llmopt.errors import ConfigError, PassError
-from llmopt.frontend import capture, load_checkpoint
 from llmopt.ir.module import Module
 from llmopt.ir.quant import QuantTensor, RoundToNearest, Scheme
 from llmopt.ir.weights import Constant
 from llmopt.report.proof import OutputErrors, logits
 from passes.gptq import solve
 from tests.calibration.running import Builder, calibrated, mlp, windows
-from tests.passes.running import FUSIONS, run, text
+from tests.passes.running import run, text
 
 G32 = {"bits": 4, "group_size": 32}
 
@@ -104,25 +103,6 @@ def test_every_linear_of_a_model_errs_less_than_rounded(tmp_path: Path) -> None:
     rounded, found = losses(plain), losses(made)
     assert rounded.keys() == found.keys()
     assert all(found[name] < rounded[name] for name in found)
-
-
-@pytest.mark.slow
-def test_every_linear_of_a_trained_model_errs_less_than_rounded(shared: Path, tmp_path: Path) -> None:
-    from tests.e2e.classics import calibration_windows, held_out_windows
-
-    def build(quantizer: str, **options: Any) -> dict[str, float]:
-        module = capture(load_checkpoint(shared / "models" / "classics-14m"), torch.float32, 512).module
-        tokens = calibration_windows(shared, "classics-14m", 16)
-        calibrated(module, tmp_path, *FUSIONS, (quantizer, {"bits": 4, "group_size": 128}), tokens=tokens)
-        errors = OutputErrors(module)
-        for window in torch.from_numpy(held_out_windows(shared, "classics-14m")[:2]):
-            errors.reset()
-            logits(module, window, errors.observe)
-        return {layer["name"]: layer["output_error"] for layer in errors.layers()}
-
-    rounded, found = build("quantize_weights"), build("gptq")
-    assert len(found) == 32
-    assert all(found[name] < rounded[name] for name in rounded)
 
 
 def test_an_interrupted_build_is_finished_with_the_same_codes(tmp_path: Path) -> None:

@@ -210,7 +210,12 @@ def test_half_of_an_expert_is_refused() -> None:
         run(mixture(), ("quantize_weights", {"experts": True, "include": ["*.down"]}))
 
 
+# The perplexity they are compared with is computed once, by one worker.
+COST = pytest.mark.xdist_group("cost of rounding")
+
+
 @pytest.mark.slow
+@COST
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric", "loss"),
     [(8, None, True, -0.01), (4, 32, True, 0.66), (4, 32, False, 0.97), (4, 128, True, 1.22), (4, 128, False, 1.44)],
@@ -227,6 +232,7 @@ def test_the_cost_on_a_trained_model(shared: Path, bits: int, group: int | None,
 
 
 @pytest.mark.slow
+@COST
 @pytest.mark.parametrize(("group", "loss"), [(32, 1.35), (128, 1.91)])
 def test_unclipped_symmetric_codes_cost_what_the_simulation_measured(shared: Path, group: int, loss: float) -> None:
     """Scales of max / 7, by hand: twice the cost of ours at group 32, half as much again at 128."""

@@ -17,7 +17,11 @@ from llmopt.target import LoadOptions
 
 pytestmark = pytest.mark.slow
 
-RECIPES = ["fp32-reference", "fp32-cpu"]
+# What the tests of an executor share is computed once, by one worker.
+RECIPES = [
+    pytest.param(name, marks=pytest.mark.xdist_group(f"same tokens of {name}"))
+    for name in ("fp32-reference", "fp32-cpu")
+]
 SEQUENCES = 40
 STEMS = ["It was the best of times, it was the worst of times, it was the age of ", "Call me Ishmael. Some years ago",
          "The old house stood on the hill, and nobody had lived in it since "]  # fmt: skip

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from llmopt.compiler import pass_context
-from llmopt.frontend import capture, load_checkpoint
 from llmopt.ir.pass_manager import PassManager
 from llmopt.ir.weights import Constant
 from llmopt.lower.lowering import lower
@@ -21,12 +19,13 @@ from llmopt.program import Program
 from llmopt.recipe import parse_recipe
 from llmopt.registry import load_target
 from llmopt.runtime.protocol import FloatArray, IntArray
-from tests.architectures import make_checkpoint
+from tests.captured import captured, checkpoint
 
+CONTEXT = 64
 RECIPE = """
 target: {target}
 dtype: {dtype}
-max_context: 64
+max_context: {context}
 passes:
   - eliminate_noops
   - fuse_qkv
@@ -58,20 +57,18 @@ class Compiled:
 @cache
 def compiled(architecture: str, target: str, layout: str, options: str = "", dtype: str = "float32") -> Compiled:
     """Compile a tiny random model of an architecture with every pass of the repository."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder)
-        make_checkpoint(architecture, path)
-        recipe = parse_recipe(RECIPE.format(target=target, layout=layout, options=options, dtype=dtype))
-        captured = capture(load_checkpoint(path), recipe.torch_dtype, recipe.max_context)
-        module = captured.module
-        PassManager().run(module, recipe.passes, pass_context(load_target(target), recipe))
-        module.prune_weights()
-        module.weights = {name: Constant(weight.tensor()) for name, weight in module.weights.items()}
-        program = lower(module)
-        sequences, expected = eager(path, module.config.vocab_size)
-        return Compiled(program, readers(program, module.weights), sequences, expected)
+    path = checkpoint(architecture)
+    recipe = parse_recipe(RECIPE.format(target=target, layout=layout, options=options, dtype=dtype, context=CONTEXT))
+    module = captured(path, recipe.torch_dtype, CONTEXT)
+    PassManager().run(module, recipe.passes, pass_context(load_target(target), recipe))
+    module.prune_weights()
+    module.weights = {name: Constant(weight.tensor()) for name, weight in module.weights.items()}
+    program = lower(module)
+    sequences, expected = eager(path, module.config.vocab_size)
+    return Compiled(program, readers(program, module.weights), sequences, expected)
 
 
+@cache
 @torch.no_grad()
 def eager(path: Path, vocab_size: int) -> tuple[list[IntArray], list[FloatArray]]:
     """Sequences of random tokens and the logits of each, alone, through Hugging Face's eager attention."""

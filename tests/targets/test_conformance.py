@@ -46,15 +46,21 @@ def error(model: Compiled, runner: Any, shift: int = 0) -> float:
     return worst(RaggedDriver(runner, shift=shift).logits(model.sequences, list(PROMPTS)), model.expected)
 
 
+# Each is captured once, by one worker.
+EVERY_ARCHITECTURE = [
+    pytest.param(name, marks=pytest.mark.xdist_group(f"conformance of {name}")) for name in ARCHITECTURES
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_reference_matches_eager(architecture: str, layout: str) -> None:
     model = compiled(architecture, "reference", layout, LAYOUTS[layout])
     assert error(model, reference(model)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("build", [onnxruntime, native])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_onnxruntime_matches_eager(architecture: str, build: Callable[[Compiled], Any]) -> None:
     model = compiled(architecture, "onnxruntime", "slots")
     assert error(model, build(model)) <= TOLERANCE

@@ -7,15 +7,22 @@ os.environ["TRITON_INTERPRET"] = "1"
 from typing import Any
 
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from targets.cuda.cache import CubinCache
+from tests.targets.cuda.remembering import install
 
 plain_convert = interpreter._convert_float
 
 
 def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
-    """The interpreter truncates on the way to bfloat16 where the device rounds to nearest, ties to even."""
+    """The interpreter truncates on the way to bfloat16 where the device rounds to nearest, ties to even; the way back
+    is exact, where the interpreter loses subnormals, slowly."""
+    if source == tl.bfloat16 and target == tl.float32:
+        return data.astype(np.uint32) << np.uint32(16)
     if source != tl.float32 or target != tl.bfloat16:
         return plain_convert(data, source, target, mode)
     bits = np.ascontiguousarray(data).view(np.uint32)
@@ -42,3 +49,14 @@ def dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
 
 
 InterpreterBuilder.create_dot = dot
+
+install()
+
+
+@pytest.fixture(scope="session")
+def cubins() -> CubinCache:
+    """The cache that builds use: what the same compiler made of the same sources before is not compiled again.
+
+    That it would be the same, test_cuda_reproducible shows with an empty one.
+    """
+    return CubinCache()

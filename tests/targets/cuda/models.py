@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from llmopt.frontend import capture, load_checkpoint
 from llmopt.ir.pass_manager import PassContext, PassManager, split_at_fork
 from llmopt.ir.weights import Constant
 from llmopt.launch import LaunchPlan
@@ -28,7 +26,7 @@ from targets.cuda.options import CudaOptions
 from targets.cuda.pack import packed, stored
 from targets.cuda.plan import place
 from targets.cuda.target import TARGET
-from tests.architectures import make_checkpoint
+from tests.captured import captured, checkpoint
 from tests.targets.cuda.interpreter import PlanInterpreter
 
 CONTEXT = 64
@@ -49,16 +47,14 @@ class Model:
 @cache
 def model(architecture: str, functions: tuple[str, ...] = TARGET.info.functions, text: str = "") -> Model:
     """A random model of an architecture through the recipe bf16-cuda, or another one's ``text``."""
-    with TemporaryDirectory() as folder:
-        make_checkpoint(architecture, Path(folder))
-        return lowered(Path(folder), text, functions)
+    return lowered(checkpoint(architecture), text, functions)
 
 
-def lowered(checkpoint: Path, text: str = "", functions: tuple[str, ...] = TARGET.info.functions) -> Model:
+def lowered(path: Path, text: str = "", functions: tuple[str, ...] = TARGET.info.functions) -> Model:
     """A checkpoint through the recipe bf16-cuda, or another one's ``text``, in the recipe's dtype."""
     recipe = parse_recipe(text) if text else load_recipe("bf16-cuda")
     context = PassContext(TARGET.info, recipe.torch_dtype)
-    module = capture(load_checkpoint(checkpoint), recipe.torch_dtype, CONTEXT).module
+    module = captured(path, recipe.torch_dtype, CONTEXT)
     common, forked = split_at_fork(recipe.passes)
     PassManager().run(module, common, context)
     fork(module, functions)

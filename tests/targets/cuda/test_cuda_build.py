@@ -131,13 +131,16 @@ def test_a_cubin_is_compiled_once_and_a_miss_is_explained(tmp_path: Path, monkey
     second = CubinCache(tmp_path)
     assert compile_all([job()], second, silent) == made
     assert second.log == []
-    monkeypatch.setattr(cache, "source_digest", lambda module: "edited")
-    third = CubinCache(tmp_path)
-    assert third.get(job_unchecked()) is None
-    assert third.log == [
-        "compiled greedy.feed_tokens(T=1, BLOCK=1) sm_90: kernels.greedy.py or what it imports changed"
-    ]
-    monkeypatch.undo()
+    digest = cache.source_digest
+    for edited, words in (
+        (FEED.module, "kernels.greedy.py or what it imports changed"),
+        ("targets.cuda.worker", "the compile worker changed"),
+    ):
+        monkeypatch.setattr(cache, "source_digest", lambda m, edited=edited: "edited" if m == edited else digest(m))
+        third = CubinCache(tmp_path)
+        assert third.get(job_unchecked()) is None
+        assert third.log == [f"compiled greedy.feed_tokens(T=1, BLOCK=1) sm_90: {words}"]
+        monkeypatch.undo()
     fourth = CubinCache(tmp_path)
     assert fourth.get(Job(FEED, 90, "0.0")) is None
     assert f"Triton {compiler_version()} became 0.0" in fourth.log[0]
@@ -173,10 +176,10 @@ def test_two_builds_with_caches_of_their_own_give_equal_bytes(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-def test_the_repository_kernels_compile(arch: int, tmp_path: Path) -> None:
+def test_the_repository_kernels_compile(arch: int, cubins: CubinCache) -> None:
     """The interpreter accepts what the compiler refuses (a loop variable that changes its type)."""
     found, options = model("llama"), replace(ONE, archs=(arch,))
-    made = build(found.program, found.weights, options, BuildContext({}), CubinCache(tmp_path))
+    made = build(found.program, found.weights, options, BuildContext({}), cubins)
     kernels = made.notes["kernels"][f"sm_{arch}"]
     assert kernels
     assert not [name for name, kernel in kernels.items() if kernel["spills"]]

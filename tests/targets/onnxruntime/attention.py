@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.export import Dim
@@ -84,37 +85,8 @@ class Attention:
         return (logits + attend(q * 0.5) if self.twice else logits), k_state, v_state
 
     def program(self) -> Program:
-        """Traced and lowered."""
-        k = torch.zeros(3, self.kv_heads, CONTEXT, self.head_dim)
-        v = torch.zeros(3, self.kv_heads, CONTEXT, self.value_dim)
-        ids, table = torch.arange(7)[None], torch.zeros(2, 1, dtype=torch.int32)
-        bounds, lengths = torch.tensor([0, 4, 7], dtype=torch.int32), torch.tensor([9, 6], dtype=torch.int32)
-        rows, auto = {1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
-        shapes = (rows, rows, auto, auto, auto, {0: Dim.DYNAMIC}, auto, auto)
-        inputs = (ids, ids.clone(), bounds, lengths, table, ids[0].clone(), k, v)
-        traced = torch.export.export(Step(self), inputs, dynamic_shapes=shapes, strict=False).graph_module
-        for node in list(traced.graph.nodes):
-            if node.op == "call_function" and "_assert" in str(node.target):
-                traced.graph.erase_node(node)
-        holders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-        specs = (StateSpec("k_0", self.kv_heads, self.head_dim, "float32", 0),
-                 StateSpec("v_0", self.kv_heads, self.value_dim, "float32", 0))  # fmt: skip
-        buffers = [n for n in holders if n.name == "b_inv_freq"]
-        holders = [n for n in holders if n not in buffers]
-        symbols = {str(holders[0].meta["val"].shape[1].node.expr): "T"}
-        for node in holders:
-            for d in node.meta["val"].shape:
-                for s in d.node.expr.free_symbols if isinstance(d, torch.SymInt) else ():
-                    symbols.setdefault(s.name, f"D_{s.name}")
-        dims = dict.fromkeys(symbols.values(), (1, 4096))
-        group = StateGroup("slots", "slots", CONTEXT, specs)
-        config = ModelConfig(self.heads * self.value_dim, CONTEXT)
-        module = Module({"step": traced}, {}, dims, symbols, config, [group], {"k_0": 1, "v_0": 2})
-        for node in buffers:
-            if self.rotate:
-                node.replace_all_uses_with(module.weight_node(traced, INV_FREQ, Constant(self.inv_freq)))
-            traced.graph.erase_node(node)
-        return lower(module)
+        """Traced and lowered, once for all layers that are equal."""
+        return lowered(self)
 
 
 class Step(torch.nn.Module):
@@ -138,3 +110,38 @@ class Step(torch.nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         inputs = (input_ids, position_ids, cu_seqlens, seq_lens, block_table_slots, slot_mapping_slots, k_0, v_0)
         return self.attention.step(*inputs, self.inv_freq)
+
+
+@cache
+def lowered(layer: Attention) -> Program:
+    """The program of a layer."""
+    k = torch.zeros(3, layer.kv_heads, CONTEXT, layer.head_dim)
+    v = torch.zeros(3, layer.kv_heads, CONTEXT, layer.value_dim)
+    ids, table = torch.arange(7)[None], torch.zeros(2, 1, dtype=torch.int32)
+    bounds, lengths = torch.tensor([0, 4, 7], dtype=torch.int32), torch.tensor([9, 6], dtype=torch.int32)
+    rows, auto = {1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
+    shapes = (rows, rows, auto, auto, auto, {0: Dim.DYNAMIC}, auto, auto)
+    inputs = (ids, ids.clone(), bounds, lengths, table, ids[0].clone(), k, v)
+    traced = torch.export.export(Step(layer), inputs, dynamic_shapes=shapes, strict=False).graph_module
+    for node in list(traced.graph.nodes):
+        if node.op == "call_function" and "_assert" in str(node.target):
+            traced.graph.erase_node(node)
+    holders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    specs = (StateSpec("k_0", layer.kv_heads, layer.head_dim, "float32", 0),
+             StateSpec("v_0", layer.kv_heads, layer.value_dim, "float32", 0))  # fmt: skip
+    buffers = [n for n in holders if n.name == "b_inv_freq"]
+    holders = [n for n in holders if n not in buffers]
+    symbols = {str(holders[0].meta["val"].shape[1].node.expr): "T"}
+    for node in holders:
+        for d in node.meta["val"].shape:
+            for s in d.node.expr.free_symbols if isinstance(d, torch.SymInt) else ():
+                symbols.setdefault(s.name, f"D_{s.name}")
+    dims = dict.fromkeys(symbols.values(), (1, 4096))
+    group = StateGroup("slots", "slots", CONTEXT, specs)
+    config = ModelConfig(layer.heads * layer.value_dim, CONTEXT)
+    module = Module({"step": traced}, {}, dims, symbols, config, [group], {"k_0": 1, "v_0": 2})
+    for node in buffers:
+        if layer.rotate:
+            node.replace_all_uses_with(module.weight_node(traced, INV_FREQ, Constant(layer.inv_freq)))
+        traced.graph.erase_node(node)
+    return lower(module)

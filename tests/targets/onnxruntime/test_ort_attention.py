@@ -68,8 +68,12 @@ def emitted(layer: Attention, native: bool = True) -> Any:
     return executor(layer.program(), layer.readers(), native_kernels=native)
 
 
+# Each layer is traced once, by one worker.
+LAYERS = [pytest.param(name, marks=pytest.mark.xdist_group(f"layer {name}")) for name in (*GROUPED, *STANDARD, *TWICE)]
+
+
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("name", [*GROUPED, *STANDARD, *TWICE])
+@pytest.mark.parametrize("name", LAYERS)
 def test_matches_the_reference(name: str, native: bool) -> None:
     layer = {**GROUPED, **STANDARD, **TWICE}[name]
     assert worst(logits(emitted(layer, native)), reference(layer)) <= 1e-5

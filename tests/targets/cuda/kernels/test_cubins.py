@@ -9,7 +9,7 @@ import pytest
 
 from llmopt.errors import TargetError
 from targets.cuda.cache import CubinCache, Job
-from targets.cuda.compile import compile_all
+from targets.cuda.compile import compile_all, compiler_version
 from targets.cuda.eight_bits import CODES, LINEAR_8, NORM_ROUNDED, NOTHING_JOINED, ROUND, ROUNDED
 from targets.cuda.fusion import ABSENT, ATTENTION, HEAD_NORM, LINEAR, LINEAR_Q
 from targets.cuda.kernel import Kernel, Selection, Specialization, Strided
@@ -277,7 +277,7 @@ CALLS: list[tuple[Kernel, tuple[str, dict[str, Any], Any, str]]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [90])  # on sm_80 the windowed decode tile spills 8 bytes: to be tuned there
-def test_kernels_build_without_spills(arch: int, tmp_path: Path) -> None:
+def test_kernels_build_without_spills(arch: int, cubins: CubinCache) -> None:
     specializations: list[Specialization] = []
     for kernel, (op, values, outputs, function) in CALLS:
         found = select(kernel, op, values, outputs, function, arch=arch)
@@ -287,8 +287,8 @@ def test_kernels_build_without_spills(arch: int, tmp_path: Path) -> None:
         assert isinstance(found, Selection), found
         specializations += [launch.specialization for launch in found.launches]
     assert all(s.pdl == (arch >= 90) for s in specializations)
-    jobs = [Job(s, arch, "test") for s in specializations]
-    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+    jobs = [Job(s, arch, compiler_version()) for s in specializations]
+    built = compile_all(jobs, cubins, lambda *_: None)
     for job in jobs:
         assert built[job].spills == 0, job.label
         assert built[job].shared <= (227 << 10 if arch >= 90 else 163 << 10), job.label
@@ -296,7 +296,7 @@ def test_kernels_build_without_spills(arch: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "room"), [(80, 163 << 10), (89, 99 << 10), (100, 227 << 10)])
-def test_codes_build_for_other_gpus(arch: int, room: int, tmp_path: Path) -> None:
+def test_codes_build_for_other_gpus(arch: int, room: int, cubins: CubinCache) -> None:
     """FP8 by the tensor cores is refused on sm_80, which has none; there codes become numbers."""
     jobs = []
     for kernel, call in EIGHT_BITS:
@@ -304,27 +304,27 @@ def test_codes_build_for_other_gpus(arch: int, room: int, tmp_path: Path) -> Non
         if isinstance(found, str):
             assert (arch, found) == (80, "sm_80 has no FP8")
         else:
-            jobs.append(Job(found.launches[0].specialization, arch, "test"))
+            jobs.append(Job(found.launches[0].specialization, arch, compiler_version()))
     assert len(jobs) == (2 if arch == 80 else 3)
-    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+    built = compile_all(jobs, cubins, lambda *_: None)
     for job in jobs:
         assert built[job].spills == 0, job.label
         assert built[job].shared <= room, job.label
 
 
 @pytest.mark.slow
-def test_quantized_linears_build_for_an_older_gpu_too(tmp_path: Path) -> None:
+def test_quantized_linears_build_for_an_older_gpu_too(cubins: CubinCache) -> None:
     found = [select(gemm_q.KERNEL, *call, arch=80) for call in QUANTIZED]
-    jobs = [Job(s.launches[0].specialization, 80, "test") for s in found if isinstance(s, Selection)]
+    jobs = [Job(s.launches[0].specialization, 80, compiler_version()) for s in found if isinstance(s, Selection)]
     assert len(jobs) == len(QUANTIZED)
-    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+    built = compile_all(jobs, cubins, lambda *_: None)
     for job in jobs:
         assert built[job].spills == 0, job.label
         assert built[job].shared <= 163 << 10, job.label
 
 
 @pytest.mark.slow
-def test_states_of_codes_build_for_older_gpus(tmp_path: Path) -> None:
+def test_states_of_codes_build_for_older_gpus(cubins: CubinCache) -> None:
     jobs = []
     for kernel, call in (CODED[i] for i in (0, 4, 7, 11)):  # decode and prefill, FP8 and int8
         for arch in (80, 89):
@@ -333,8 +333,8 @@ def test_states_of_codes_build_for_older_gpus(tmp_path: Path) -> None:
                 assert isinstance(found, str)
                 continue
             assert isinstance(found, Selection), found
-            jobs += [Job(launch.specialization, arch, "test") for launch in found.launches]
-    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+            jobs += [Job(launch.specialization, arch, compiler_version()) for launch in found.launches]
+    built = compile_all(jobs, cubins, lambda *_: None)
     assert all(built[job].shared <= (99 << 10 if job.arch == 89 else 163 << 10) for job in jobs)
 
 

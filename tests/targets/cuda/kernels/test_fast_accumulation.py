@@ -11,7 +11,7 @@ import pytest
 from triton import knobs
 
 from targets.cuda.cache import CubinCache, Job
-from targets.cuda.compile import compile_all
+from targets.cuda.compile import compile_all, compiler_version
 from targets.cuda.eight_bits import ALL_COLUMNS, INTERVAL
 from targets.cuda.kernel import Kernel, Selection
 from targets.cuda.kernels import gemm_w8a8, gemm_w8a8_persistent
@@ -96,7 +96,7 @@ def test_wide_tiles_are_taken_where_they_fit_in_registers() -> None:
 
 
 def job(found: Selection) -> Job:
-    return Job(found.launches[0].specialization, 90, "test")
+    return Job(found.launches[0].specialization, 90, compiler_version())
 
 
 def instructions(cubin: bytes, path: Path) -> tuple[int, int]:
@@ -108,7 +108,7 @@ def instructions(cubin: bytes, path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_fast_sums_are_not_added_again(tmp_path: Path) -> None:
+def test_fast_sums_are_not_added_again(cubins: CubinCache, tmp_path: Path) -> None:
     """The control: usual sums are, one addition a thread for each of its 64 sums of a 128x128 tile."""
     config = {"BM": 128, "BN": 128, "BK": 128, "TALL": 8, "PARTS": 1, "warps": 8, "stages": 4}
     kernel = gemm_w8a8_persistent.KERNEL
@@ -116,7 +116,7 @@ def test_fast_sums_are_not_added_again(tmp_path: Path) -> None:
     fast = select(kernel, *coded(2048, 4096, 4096, interval=ALL_COLUMNS), tuning={kernel.name: {key: config}})
     assert isinstance(fast, Selection), fast
     jobs = [job(fast), job(choice(kernel, config))]
-    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+    built = compile_all(jobs, cubins, lambda *_: None)
     few, many = (instructions(built[x].cubin, tmp_path / "kernel.cubin") for x in jobs)
     assert few[0] == many[0] > 0
     assert (few[1], many[1]) == (0, 64)
@@ -124,7 +124,7 @@ def test_fast_sums_are_not_added_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interval", [ALL_COLUMNS, 256, 512])
-def test_what_is_tried_builds_without_spills(interval: int, tmp_path: Path) -> None:
+def test_what_is_tried_builds_without_spills(interval: int, cubins: CubinCache) -> None:
     """Every candidate, with gate, residual and neither."""
     jobs = []
     for kernel, rows in ((gemm_w8a8_persistent.KERNEL, 2048), (gemm_w8a8.KERNEL, 256)):
@@ -135,7 +135,7 @@ def test_what_is_tried_builds_without_spills(interval: int, tmp_path: Path) -> N
                 found = select(kernel, *call, tuning={kernel.name: {key: config}})
                 assert isinstance(found, Selection), found
                 jobs.append(job(found))
-    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+    built = compile_all(jobs, cubins, lambda *_: None)
     for one in jobs:
         assert built[one].spills == 0, one.label
         assert built[one].shared <= 227 << 10, one.label

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from targets.cuda.cache import CubinCache, Job
-from targets.cuda.compile import compile_all
+from targets.cuda.compile import compile_all, compiler_version
 from targets.cuda.kernel import Selection
 from targets.cuda.kernels import gemm_q_few
 from targets.cuda.kernels._fragments import FORMS
@@ -109,7 +108,7 @@ def test_the_ptx_of_every_code(type_: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_builds_without_spills(arch: int, tmp_path: Path) -> None:
+def test_builds_without_spills(arch: int, cubins: CubinCache) -> None:
     jobs = []
     for m in (1, 8, 16):
         for call in (
@@ -118,16 +117,16 @@ def test_builds_without_spills(arch: int, tmp_path: Path) -> None:
         ):  # fmt: skip
             found = select(gemm_q_few.KERNEL, *call, arch=arch)
             assert isinstance(found, Selection), found
-            jobs.append(Job(found.launches[0].specialization, arch, "test"))
-    built = compile_all(jobs, CubinCache(tmp_path), lambda *_: None)
+            jobs.append(Job(found.launches[0].specialization, arch, compiler_version()))
+    built = compile_all(jobs, cubins, lambda *_: None)
     assert max(built[job].spills for job in jobs) <= (
         8 if arch == 80 else 0
     )  # int4 with zero points, to be tuned there
 
 
-def test_only_the_last_sums_pass_through_shared_memory(tmp_path: Path) -> None:
+def test_only_the_last_sums_pass_through_shared_memory(cubins: CubinCache) -> None:
     found = select(gemm_q_few.KERNEL, *quantized(8, 512, 1024, 4, 128))
     assert isinstance(found, Selection)
-    job = Job(found.launches[0].specialization, 90, "test")
-    shared = compile_all([job], CubinCache(tmp_path), lambda *_: None)[job].shared
+    job = Job(found.launches[0].specialization, 90, compiler_version())
+    shared = compile_all([job], cubins, lambda *_: None)[job].shared
     assert 0 < shared <= 8 * 16 * 8 * 4
