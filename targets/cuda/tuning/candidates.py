@@ -116,15 +116,11 @@ def gemm_q_few(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
             yield {"BN": bn, "K_WARPS": k_warps, "ROW_WARPS": row_warps, "DEPTH": depth, "SPLIT": split}
 
 
-RING = ((64, 1, 4, 2), (64, 2, 6, 1), (128, 1, 4, 2), (128, 2, 3, 1))
-"""Rows of weights a tile, boxes a slot, slots and programs a multiprocessor, of ``gemm_ring``."""
-
-
-def gemm_ring(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """Up to 64 rows."""
-    for bn, boxes, slots, beside in RING:
+def gemm_q_ring(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
+    """Up to 64 rows over codes of weights: two programs a multiprocessor."""
+    for bn, slots in ((64, 4), (64, 8), (128, 4)):
         if m <= 64 and not (gated and bn < 128):
-            yield {"BN": bn, "G": boxes, "STAGES": slots, "PROGRAMS": 132 * beside}
+            yield {"BN": bn, "STAGES": slots, "PROGRAMS": 264}
 
 
 def gemm_w8a8(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
@@ -198,7 +194,7 @@ def fast_persistent(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
 CODES: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemm_q": gemm_q,
     "gemm_q_few": gemm_q_few,
-    "gemm_q_ring": gemm_ring,
+    "gemm_q_ring": gemm_q_ring,
     "gemv_q": gemv_q,
     "gemv_w8a8": gemv_q,
     "gemm_w8a8": gemm_w8a8,
@@ -214,7 +210,6 @@ SUMS = {
 LINEARS: dict[str, Callable[[int, int, int, bool], Iterator[Config]]] = {
     "gemv": gemv,
     "gemm": gemm,
-    "gemm_ring": gemm_ring,
     "gemm_persistent": gemm_persistent,
 }
 
