@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmopt.errors import TargetError
@@ -192,9 +192,13 @@ def place(plan: BucketPlan, zero_bytes: int, kernel_name: Callable[[Specializati
         zeroed.append((at, size))
         at += size
     launches: dict[str, list[Launch]] = {"": [], GREEDY: [], SAMPLE: []}
+    end = zero_bytes + memory.total
     for planned in plan.launches:
         spec = planned.launch.specialization
-        args = tuple(operand(arg, type_, planned.call) for (_, type_), arg in zip(spec.signature, planned.launch.args))
+        given = [spared(arg, plan.buffers) for arg in planned.launch.args]
+        args = tuple(operand(arg, type_, planned.call) for (_, type_), arg in zip(spec.signature, given))
+        ends = (offsets[x.value.buffer] + span_bytes(x.value) for x in given if isinstance(x, TmaOperand) and x.spare)
+        end = max(end, *ends, 0)
         grid, moved, scope = planned.launch.grid, planned.launch.bytes, planned.call.scope
         graph = planned.call.op if planned.call.op in launches else ""
         launches[graph].append(Launch(kernel_name(spec), grid, args, spec.pdl, moved, scope))
@@ -206,12 +210,26 @@ def place(plan: BucketPlan, zero_bytes: int, kernel_name: Callable[[Specializati
         greedy=tuple(launches[GREEDY]),
         sampling=tuple(launches[SAMPLE]),
         offsets=dict(sorted(offsets.items())),
-        arena_bytes=zero_bytes + memory.total,
+        arena_bytes=end,
         logits=view(plan.outputs["logits"], 2),
         sampled=view(plan.outputs[DRAWN], 1),
         reports=view(plan.outputs[REPORTS], 2),
         zeroed=tuple(zeroed),
     )
+
+
+def spared(arg: Any, arena: Collection[str]) -> Any:
+    """A TMA operand with rows to spare, of the arena, as whole boxes: what follows it there may be read. The arena is
+    made to reach as far; other memory may not."""
+    if not isinstance(arg, TmaOperand) or not arg.spare:
+        return arg
+    return replace(arg, value=arg.whole()) if arg.value.buffer in arena else replace(arg, spare=False)
+
+
+def span_bytes(x: Strided) -> int:
+    """Bytes from the start of a value's buffer to its last element's end."""
+    span = x.offset + sum((count - 1) * stride for count, stride in zip(x.shape, x.strides)) + 1
+    return span * dtype_bytes(x.dtype)
 
 
 def operand(arg: Any, type_: str, call: OpCall) -> Operand:

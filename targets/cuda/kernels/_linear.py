@@ -123,7 +123,8 @@ def tile_operands(linear: Linear, c: Mapping[str, Any]) -> dict[str, Argument | 
         box = (2, columns, c["BK"])
     part = (c["BM"], columns // c["PARTS"])
     return {
-        "x": TmaOperand(linear.x, (c["BM"], c["BK"])), "weight": TmaOperand(weight, box), "bias": linear.bias,
+        "x": TmaOperand(linear.x, (c["BM"], c["BK"]), spare=True), "weight": TmaOperand(weight, box),
+        "bias": linear.bias,
         "residual": TmaOperand(linear.residual, part) if linear.residual is not None else None,
         "out": TmaOperand(linear.out, part),
     }  # fmt: skip

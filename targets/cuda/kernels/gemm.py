@@ -175,7 +175,7 @@ class Gemm:
         tma = bool(c.get("TMA", 1)) and linear.movable(site.arch)
         box = (c["BN"] if linear.gate is None else c["BN"] // 2, c["BK"])
         tensors = {
-            "x": TmaOperand(linear.x, (c["BM"], c["BK"])) if tma else linear.x,
+            "x": TmaOperand(linear.x, (c["BM"], c["BK"]), spare=True) if tma else linear.x,
             "weight": TmaOperand(linear.weight, box) if tma else None,
             "w_ptr": linear.weight if c["AHEAD"] or not tma else None, "bias": linear.bias,
             "residual": linear.residual, "out": linear.out, "M": m,

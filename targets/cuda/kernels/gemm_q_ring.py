@@ -131,7 +131,7 @@ class GemmQRing:
         c = fitted(c, m, tiles * (k // chunk), chunk, grouped, site.arch)
         box = c["BN"] if gate is None else c["BN"] // 2
         tensors = {
-            "x": TmaOperand(x, (c["BM"], width), 2 * width),
+            "x": TmaOperand(x, (c["BM"], width), 2 * width, spare=True),
             "codes": TmaOperand(as_elements(codes, "int16"), (box, width), 2 * width),
             "groups": TmaOperand(scales, (1, box), 0) if grouped else None, "scales": None if grouped else scales,
             "bias": v["bias"], "residual": residual, "out": out, "M": m,

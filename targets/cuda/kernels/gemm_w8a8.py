@@ -160,7 +160,7 @@ class GemmW8A8:
         tma = linear.movable(site.arch)
         box = (c["BN"] if linear.gate is None else c["BN"] // 2, c["BK"])
         tensors = {
-            "x": TmaOperand(linear.x, (c["BM"], c["BK"])) if tma else linear.x,
+            "x": TmaOperand(linear.x, (c["BM"], c["BK"]), spare=True) if tma else linear.x,
             "weight": TmaOperand(linear.weight, box) if tma else None,
             "w_ptr": linear.weight if c["AHEAD"] or not tma else None, **linear.epilogue, "out": linear.out, "M": m,
             "partial": Scratch("partial", 4 * tiles * split * c["BM"] * c["BN"]) if split > 1 else None,

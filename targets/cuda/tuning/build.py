@@ -17,11 +17,11 @@ from llmopt.program import OpCall, Program, dtype_bytes
 from ..build import buckets
 from ..cache import Compiled, CubinCache, Job
 from ..compile import assembler_major, compile_all, compiler_version
-from ..kernel import CallSite, Kernel, KernelLaunch, Scratch, Selection, Strided
+from ..kernel import CallSite, Kernel, KernelLaunch, Scratch, Selection, Strided, TmaOperand
 from ..kernels.moe_q import unpacked
 from ..options import CudaOptions
 from ..pack import STACKS, of_stack
-from ..plan import operand, plan_bucket, scratch_name
+from ..plan import operand, plan_bucket, scratch_name, span_bytes
 from ..select import Selector, discover
 from .bundle import Buffer, Bundle, Entry
 from .candidates import CODES, LINEARS, candidates
@@ -254,7 +254,8 @@ def described(name: str, one: KernelLaunch, kernel: Compiled) -> Launch:
     chosen = iter(kernel.tensor_maps)
     args = []
     for (_, type_), arg in zip(types, one.args, strict=True):
-        made = operand(arg, type_, CALL)
+        whole = replace(arg, value=arg.whole()) if isinstance(arg, TmaOperand) else arg
+        made = operand(whole, type_, CALL)
         if isinstance(made, TensorMap):
             box, swizzle = next(chosen)
             made = replace(made, box=box, swizzle=swizzle)
@@ -266,9 +267,9 @@ def entry(case: Case, launches: tuple[Launch, ...]) -> Entry:
     """What the timing needs to know of a case."""
     buffers: dict[str, Buffer] = {}
     site, out = case.site, case.site.outputs[0]
-    for x in [*(v for v in site.values.values() if isinstance(v, Strided)), *site.outputs]:
-        span = 1 + x.offset + sum((extent - 1) * stride for extent, stride in zip(x.shape, x.strides))
-        size = max(dtype_bytes(x.dtype) * span, 16)
+    spared = [a.whole() for one in case.selection.launches for a in one.args if isinstance(a, TmaOperand) and a.spare]
+    for x in [*(v for v in site.values.values() if isinstance(v, Strided)), *site.outputs, *spared]:
+        size = max(span_bytes(x), 16)
         data = case.data.get(x.buffer, ())
         kind = "data" if data else "pool" if x.buffer in case.rotating else "random"
         if x.buffer not in buffers or buffers[x.buffer].bytes < size:
