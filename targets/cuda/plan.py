@@ -197,8 +197,8 @@ def place(plan: BucketPlan, zero_bytes: int, kernel_name: Callable[[Specializati
         spec = planned.launch.specialization
         given = [spared(arg, plan.buffers) for arg in planned.launch.args]
         args = tuple(operand(arg, type_, planned.call) for (_, type_), arg in zip(spec.signature, given))
-        ends = (offsets[x.value.buffer] + span_bytes(x.value) for x in given if isinstance(x, TmaOperand) and x.spare)
-        end = max(end, *ends, 0)
+        whole = [x.whole() for x in given if isinstance(x, TmaOperand) and x.spare]
+        end = max([end, *(offsets[x.buffer] + span_bytes(x) for x in whole)])
         grid, moved, scope = planned.launch.grid, planned.launch.bytes, planned.call.scope
         graph = planned.call.op if planned.call.op in launches else ""
         launches[graph].append(Launch(kernel_name(spec), grid, args, spec.pdl, moved, scope))
@@ -219,11 +219,8 @@ def place(plan: BucketPlan, zero_bytes: int, kernel_name: Callable[[Specializati
 
 
 def spared(arg: Any, arena: Collection[str]) -> Any:
-    """A TMA operand with rows to spare, of the arena, as whole boxes: what follows it there may be read. The arena is
-    made to reach as far; other memory may not."""
-    if not isinstance(arg, TmaOperand) or not arg.spare:
-        return arg
-    return replace(arg, value=arg.whole()) if arg.value.buffer in arena else replace(arg, spare=False)
+    """An argument, its rows to spare kept in the arena only: that is made to reach as far as whole boxes do."""
+    return replace(arg, spare=arg.spare and arg.value.buffer in arena) if isinstance(arg, TmaOperand) else arg
 
 
 def span_bytes(x: Strided) -> int:
@@ -240,7 +237,8 @@ def operand(arg: Any, type_: str, call: OpCall) -> Operand:
             return Pointer(arg.buffer, arg.offset * dtype_bytes(arg.dtype))
         case Scratch():
             return Pointer(scratch_name(call, arg))
-        case TmaOperand(value=value):
+        case TmaOperand():
+            value = arg.whole()
             size = dtype_bytes(value.dtype)
             strides = tuple(s * size for s in value.strides)
             return TensorMap(value.buffer, value.offset * size, value.dtype, value.shape, strides, arg.box, arg.swizzle)

@@ -254,8 +254,7 @@ def described(name: str, one: KernelLaunch, kernel: Compiled) -> Launch:
     chosen = iter(kernel.tensor_maps)
     args = []
     for (_, type_), arg in zip(types, one.args, strict=True):
-        whole = replace(arg, value=arg.whole()) if isinstance(arg, TmaOperand) else arg
-        made = operand(whole, type_, CALL)
+        made = operand(arg, type_, CALL)
         if isinstance(made, TensorMap):
             box, swizzle = next(chosen)
             made = replace(made, box=box, swizzle=swizzle)
