@@ -109,6 +109,16 @@ def e4m3_as(type_: str) -> Any:
     )
 
 
+HALFWORDS = {
+    type_: {
+        "int4": tuple(nibbles_of_halfwords(part, type_).value for part in range(4)),
+        "int8": tuple(bytes_of_halfwords(part, type_).value for part in range(2)),
+        "fp8_e4m3": tuple(e4m3_of_halfwords(part, type_).value for part in range(2)),
+    }
+    for type_ in FLOATS
+}
+"""PTX from two halfwords, $1, to their codes number part as numbers, $0: by the numbers' type and the codes' form."""
+
 E2M1 = {
     "bf16": (6, "0x01c001c0", "0x7e807e80", "fma.rn.bf16x2"),
     "fp16": (9, "0x0e000e00", "0x74007400", "fma.rn.f16x2"),

@@ -13,12 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ._dequantize import FLOATS, bytes_of_halfwords, e4m3_of_halfwords, nibbles_of_halfwords
+from ._dequantize import FLOATS, HALFWORDS
 
 
-def by_halves(asm: Any) -> str:
+def by_halves(asm: str) -> str:
     """PTX of two halfwords in a word, $1 to $0, with the two results in registers of their own: $2 to $0 and $1."""
-    inner = asm.value.replace("$1", "$2").replace("$0", "w")
+    inner = asm.replace("$1", "$2").replace("$0", "w")
     return f"{{ .reg .b32 w;\n{inner}\nmov.b32 {{$0, $1}}, w; }}"
 
 
@@ -29,13 +29,8 @@ def less_zeros(asm: str, type_: str) -> str:
 
 def forms(type_: str) -> dict[str, tuple[str, ...]]:
     """PTX for each part of a halfword, by the codes' form."""
-    nibbles = tuple(by_halves(nibbles_of_halfwords(part, type_)) for part in range(4))
-    return {
-        "int4": nibbles,
-        "int4 zeros": tuple(less_zeros(asm, type_) for asm in nibbles),
-        "int8": tuple(by_halves(bytes_of_halfwords(part, type_)) for part in range(2)),
-        "fp8_e4m3": tuple(by_halves(e4m3_of_halfwords(part, type_)) for part in range(2)),
-    }
+    plain = {form: tuple(map(by_halves, parts)) for form, parts in HALFWORDS[type_].items()}
+    return {**plain, "int4 zeros": tuple(less_zeros(asm, type_) for asm in plain["int4"])}
 
 
 FORMS = {"bf16": forms("bf16"), "fp16": forms("fp16")}

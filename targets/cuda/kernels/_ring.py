@@ -15,25 +15,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from ._dequantize import bytes_of_halfwords, e4m3_of_halfwords, nibbles_of_halfwords
+from ._dequantize import HALFWORDS
 from ._gluon import barrier, copy
 from .gemm_q_few import finish
-
-FORMS = {
-    type_: {
-        "int4": tuple(nibbles_of_halfwords(part, type_).value for part in range(4)),
-        "int8": tuple(bytes_of_halfwords(part, type_).value for part in range(2)),
-        "fp8_e4m3": tuple(e4m3_of_halfwords(part, type_).value for part in range(2)),
-    }
-    for type_ in ("bf16", "fp16")
-}
-"""PTX from two halfwords to their codes number part as numbers."""
 
 
 @gluon.constexpr_function
 def ptx(form: str, part: int, type_: Any) -> Any:
     """PTX that turns halfwords into codes number ``part`` of the type."""
-    return FORMS["bf16" if type_ == gl.bfloat16 else "fp16"][form][part]
+    return HALFWORDS["bf16" if type_ == gl.bfloat16 else "fp16"][form][part]
 
 
 @gluon.jit

@@ -21,9 +21,10 @@ from ..kernel import CallSite, Scratch, Selection, TmaOperand
 from ..pack import chunk_of, parts_of
 from ..tuning import find_linear, linear_form, quantized_form
 from ._common import SM_COUNT, cdiv, launch, modelled_us, nbytes, pow2
+from ._dequantize import HALFWORDS
 from ._eight_bits import scheme
 from ._linear import SHARED
-from ._ring import FORMS, empty, fill, first_unit
+from ._ring import empty, fill, first_unit
 from ._ring_twin import gemm_q_ring_twin
 from .gemm_q import as_elements, read_rows
 from .gemm_q_few import form_of
@@ -116,7 +117,7 @@ class GemmQRing:
             return f"sm_{site.arch} has other tensor cores"
         if m > MOST_ROWS:
             return f"more than {MOST_ROWS} rows"
-        if form not in FORMS["bf16"] or chunk < 64 or k % chunk or codes.dtype != "uint8":
+        if form not in HALFWORDS["bf16"] or chunk < 64 or k % chunk or codes.dtype != "uint8":
             return f"{form} codes in chunks of {chunk} columns"
         if grouped and (v["block_k"] != chunk or v["block_n"] != 1 or scales.dtype not in ("bfloat16", "float16")):
             return f"scales of {v['block_n']}x{v['block_k']} in {scales.dtype}"
