@@ -124,7 +124,7 @@ def cached_attention(e: Emitter, call: OpCall) -> None:
     if k_final in e.values:
         q = flat(e, args["q"])
     else:
-        if grouped(e, call, write):
+        if e.contrib_attention and grouped(e, call, write):
             return
         q = scatter_first(e, call, write)
     e.set(

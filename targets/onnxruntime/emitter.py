@@ -30,9 +30,9 @@ class Emitter:
     """State of one emission. ``values`` maps program values to ONNX names, ``producer`` to the call that made them.
 
     ``tables`` describes the rotary tables the executor is to bind, ``rounds_activations`` says that a quantized
-    linear may quantize its input. ``native`` allows the operators of native/. ``base`` maps a reshaped ONNX value to
-    what it reshapes: a reshape of a reshape needs the first one no more. ``shapes``: ONNX values whose shape is
-    not that of the program's value; a reshape to it is none.
+    linear may quantize its input. ``native`` allows the operators of native/, ``contrib_attention``
+    GroupQueryAttention. ``base`` maps a reshaped ONNX value to what it reshapes: a reshape of a reshape needs the
+    first one no more. ``shapes``: ONNX values whose shape is not that of the program's value; a reshape to it is none.
     """
 
     def __init__(
@@ -42,9 +42,10 @@ class Emitter:
         weights: Mapping[str, WeightReader],
         accuracy_level: int,
         native: bool = False,
+        contrib_attention: bool = True,
     ) -> None:
         self.program, self.function, self.readers = program, function, weights
-        self.accuracy_level, self.native = accuracy_level, native
+        self.accuracy_level, self.native, self.contrib_attention = accuracy_level, native, contrib_attention
         self.graph = GraphBuilder()
         self.values: dict[str, str] = {}
         self.producer: dict[str, OpCall] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from onnx import helper, numpy_helper
 from llmopt.errors import TargetError
 from llmopt.program import TensorType
 from llmopt.target import WeightReader
+
+from .readers import materialize
 
 MICROSOFT = "com.microsoft"
 NATIVE = "llmopt"
@@ -97,21 +99,30 @@ class GraphBuilder:
         """Declare a graph output."""
         self.outputs.append(helper.make_tensor_value_info(name, onnx_type(dtype), list(shape)))
 
-    def model(self, name: str, metadata: dict[str, str]) -> onnx.ModelProto:
-        """The model of everything the outputs need; drops dead nodes, inputs, constants and weights."""
+    def prune(self) -> None:
+        """Drop the nodes, inputs, constants and weights that no output needs."""
         needed = {o.name for o in self.outputs}
         live = []
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
                 needed.update(node.input)
                 live.append(node)
+        self.nodes = live[::-1]
         self.external = {n: r for n, r in self.external.items() if n in needed}
         self.inputs = [i for i in self.inputs if i.name in needed]
-        initializers = [t for n, t in self.inline.items() if n in needed]
-        initializers += [external_tensor(n, r.type) for n, r in self.external.items()]
-        graph = helper.make_graph(live[::-1], name, self.inputs, self.outputs, initializers)
+        self.inline = {n: t for n, t in self.inline.items() if n in needed}
+
+    def embed(self, known: Container[str]) -> None:
+        """Take in the data of weights outside ``known``: a session refuses to be given what its model does not read."""
+        for name in [n for n in self.external if n not in known]:
+            self.inline[name] = numpy_helper.from_array(materialize(self.external.pop(name)), name)
+
+    def model(self, name: str, metadata: dict[str, str]) -> onnx.ModelProto:
+        """The model of the graph as it is."""
+        initializers = [*self.inline.values(), *(external_tensor(n, r.type) for n, r in self.external.items())]
+        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, initializers)
         opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
-        if any(node.domain == NATIVE for node in live):
+        if any(node.domain == NATIVE for node in self.nodes):
             opsets.append(helper.make_opsetid(NATIVE, 1))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="llmopt")
         helper.set_model_props(model, dict(sorted(metadata.items())))

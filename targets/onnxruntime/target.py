@@ -24,16 +24,19 @@ from .graph import NATIVE, WEIGHTS_FILE
 
 MODEL_FILE, COPY_FILE = "model.onnx", "copy.onnx"
 NATIVE_MODEL_FILE, NATIVE_LIBRARY_FILE = "native.onnx", "native-x86_64-linux.so"
+PLAIN_MODEL_FILE = "plain.onnx"
+"""Attention in standard operators: GroupQueryAttention of the CUDA provider takes no float32."""
 ACCURACY_LEVELS = (0, 4)
 OPTIONS = ("accuracy_level", "native_kernels")
 DERIVED = ("cu_seqlens", "seq_lens")
 
 
 class OnnxRuntimeTarget:
-    """One model for decode and prefill, twice: in onnxruntime's operators, and with llmopt's kernels where it has some.
+    """One model for decode and prefill, in up to three forms: onnxruntime's operators; llmopt's kernels where it has
+    some; attention in standard operators where the CUDA provider needs that.
 
     Options: ``accuracy_level``: 0 keeps activations of quantized linears in fp32, 4 quantizes them to int8, which is
-    faster and less exact. ``native_kernels``: false leaves out the second form.
+    faster and less exact. ``native_kernels``: false leaves out the form with llmopt's kernels.
     """
 
     name = "onnxruntime"
@@ -51,29 +54,53 @@ class OnnxRuntimeTarget:
         """Emit and check the model. Raises TargetError naming a call it cannot emit, ConfigError for a bad option."""
         check_options(ctx.options)
         level = accuracy_level(ctx.options)
-        plain = self.emit(program, weights, level, native=False)
-        model = plain.graph.model("step", metadata(plain))
-        check(model)
-        files = {MODEL_FILE: serialized(model), COPY_FILE: copy_model(program)}
-        notes: dict[str, object] = {"nodes": len(model.graph.node)}
-        if native_kernels(ctx.options):
-            emitter = self.emit(program, weights, level, native=True)
-            native = emitter.graph.model("step", metadata(emitter))
-            check(native)
-            counts = Counter(node.op_type for node in native.graph.node if node.domain == NATIVE)
-            if counts:
-                files |= {NATIVE_MODEL_FILE: serialized(native), NATIVE_LIBRARY_FILE: kernels.library()}
-                notes["native"] = {"compiler": kernels.toolchain(), **dict(sorted(counts.items()))}
-        return TargetFiles(files, dict(sorted(plain.graph.external.items())), notes)
+        forms = self.forms(program, weights, level, native_kernels(ctx.options))
+        files = {COPY_FILE: copy_model(program)}
+        notes: dict[str, object] = {"nodes": len(forms[MODEL_FILE].graph.nodes)}
+        if NATIVE_MODEL_FILE in forms:
+            files[NATIVE_LIBRARY_FILE] = kernels.library()
+            counts = operators(forms[NATIVE_MODEL_FILE], NATIVE)
+            notes["native"] = {"compiler": kernels.toolchain(), **dict(sorted(counts.items()))}
+        external = forms[MODEL_FILE].graph.external
+        for name, form in forms.items():
+            form.graph.embed(external)  # angles of positions, for which other forms have tables
+            model = form.graph.model("step", metadata(form))
+            check(model)
+            files[name] = serialized(model)
+        return TargetFiles(files, dict(sorted(external.items())), notes)
 
-    def emit(self, program: Program, weights: Mapping[str, WeightReader], level: int, native: bool) -> Emitter:
-        """The whole graph; the two forms read the same weights."""
-        function = program.functions[program.entry_points["decode"]]
-        emitter = Emitter(program, function, weights, level, native)
+    def forms(
+        self, program: Program, weights: Mapping[str, WeightReader], level: int, native: bool
+    ) -> dict[str, Emitter]:
+        """The forms that differ, by file."""
+        forms = {MODEL_FILE: self.emit(program, weights, level)}
+        if native:
+            emitter = self.emit(program, weights, level, native=True)
+            forms |= {NATIVE_MODEL_FILE: emitter} if operators(emitter, NATIVE) else {}
+        fused = operators(forms[MODEL_FILE])["GroupQueryAttention"]
+        if fused and function_dtype(decode_of(program)) == "float32":
+            forms[PLAIN_MODEL_FILE] = self.emit(program, weights, level, contrib_attention=False)
+        return forms
+
+    def emit(self, program: Program, weights: Mapping[str, WeightReader], level: int, **form: bool) -> Emitter:
+        """The whole graph in one form."""
+        function = decode_of(program)
+        emitter = Emitter(program, function, weights, level, **form)
         declare_inputs(emitter, function, only_slots(program))
         emitter.run()
         declare_outputs(emitter, function)
+        emitter.graph.prune()
         return emitter
+
+
+def operators(form: Emitter, domain: str | None = None) -> Counter[str]:
+    """How often the form has each operator (of a domain)."""
+    return Counter(node.op_type for node in form.graph.nodes if domain is None or node.domain == domain)
+
+
+def decode_of(program: Program) -> Function:
+    """The function that serves decode and prefill alike."""
+    return program.functions[program.entry_points["decode"]]
 
 
 def metadata(e: Emitter) -> dict[str, str]:

@@ -36,8 +36,18 @@ def native(model: Compiled, program: Program | None = None) -> Any:
     return executor(program or model.program, model.weights, OPTIONS)
 
 
-TARGETS = {"reference": (reference, "paged"), "onnxruntime": (onnxruntime, "slots"), "native": (native, "slots")}
-PROGRAM_OF = {"native": "onnxruntime"}
+def plain(model: Compiled, program: Program | None = None) -> Any:
+    """The form for the CUDA provider, here on the CPU: attention in standard operators."""
+    return executor(program or model.program, model.weights, OPTIONS, plain=True, native_kernels=False)
+
+
+TARGETS = {
+    "reference": (reference, "paged"),
+    "onnxruntime": (onnxruntime, "slots"),
+    "native": (native, "slots"),
+    "plain": (plain, "slots"),
+}
+PROGRAM_OF = {"native": "onnxruntime", "plain": "onnxruntime"}
 """The target whose program another form runs."""
 
 
@@ -59,7 +69,7 @@ def test_reference_matches_eager(architecture: str, layout: str) -> None:
     assert error(model, reference(model)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("build", [onnxruntime, native])
+@pytest.mark.parametrize("build", [onnxruntime, native, plain])
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_onnxruntime_matches_eager(architecture: str, build: Callable[[Compiled], Any]) -> None:
     model = compiled(architecture, "onnxruntime", "slots")

@@ -35,6 +35,7 @@ log = logging.getLogger("llmopt.onnxruntime")
 
 MODEL_FILE, COPY_FILE = "model.onnx", "copy.onnx"
 NATIVE_MODEL_FILE, NATIVE_LIBRARY_FILE = "native.onnx", "native-x86_64-linux.so"
+PLAIN_MODEL_FILE = "plain.onnx"
 MAX_TOKENS_PER_STEP = 512
 """Attention scores of a chunk take heads x chunk x context x 4 bytes; beyond ~128 rows the products gain nothing."""
 
@@ -42,7 +43,7 @@ MAX_TOKENS_PER_STEP = 512
 class OnnxruntimeExecutor:
     """Runs steps at submit: one call for all one-row sequences, one for each prefill chunk.
 
-    ``model`` and ``copier`` are the bytes of model.onnx (or native.onnx, with its ``library``) and copy.onnx;
+    ``model`` and ``copier`` are the bytes of the model (native.onnx comes with its ``library``) and of copy.onnx;
     ``options.device`` is ``cpu`` or ``cuda`` (``cuda:1``). Raises ResourceError when the provider, or memory for one
     slot, is missing.
     """
@@ -148,14 +149,20 @@ def native_library(artifact: Artifact, options: LoadOptions) -> Path | None:
     return None
 
 
+def model_file(artifact: Artifact, options: LoadOptions, library: Path | None) -> str:
+    """Name of the form of the model that runs on the device (targets/onnxruntime/target.py says what each is for)."""
+    if library is not None:
+        return NATIVE_MODEL_FILE
+    return PLAIN_MODEL_FILE if options.device != "cpu" and artifact.has_file(PLAIN_MODEL_FILE) else MODEL_FILE
+
+
 def load(artifact: Artifact, options: LoadOptions) -> OnnxruntimeExecutor:
     """The executor of an artifact built for onnxruntime, checked against its golden tokens.
 
     Raises ExecutorError when the golden tokens come out differently: a provider can be wrong and deterministic.
     """
     library = native_library(artifact, options)
-    name = MODEL_FILE if library is None else NATIVE_MODEL_FILE
-    model, copier = (artifact.file(n).read_bytes() for n in (name, COPY_FILE))
+    model, copier = (artifact.file(n).read_bytes() for n in (model_file(artifact, options, library), COPY_FILE))
     executor = OnnxruntimeExecutor(artifact.program, model, copier, artifact.weight_store(), options, library)
     check_golden(executor, artifact.manifest.golden, dtype=activations(executor.session))
     return executor

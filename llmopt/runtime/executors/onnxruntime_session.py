@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TABLES, ACTIVATIONS = "llmopt.rotary_tables", "llmopt.activations"
 MAX_BINDINGS = 64
+ERRORS = 3
+"""onnxruntime's level of logging: no warnings."""
 MINIMUM = (1, 24)
 """GroupQueryAttention of onnxruntime 1.23 silently gets sliding windows wrong (errors of 0.1 to 0.4 on tiny models)."""
 
@@ -45,8 +47,10 @@ def new_session(model: bytes, settings: ort.SessionOptions, options: LoadOptions
     hint = "pip install 'llmopt[onnxruntime-gpu]' in place of onnxruntime" if kind == "cuda" else None
     if provider not in ort.get_available_providers():
         raise ResourceError(f"this onnxruntime has no {provider}", hint=hint)
-    chosen = [(provider, {"device_id": str(index)})] if kind == "cuda" else [provider]
-    settings.log_severity_level = 3
+    cuda = {"device_id": str(index), "use_tf32": "0"}  # float32 is to be float32: TF32 has 10 bits of mantissa
+    chosen = [(provider, cuda)] if kind == "cuda" else [provider]
+    settings.log_severity_level = ERRORS
+    ort.set_default_logger_severity(ERRORS)
     try:
         session = ort.InferenceSession(model, settings, providers=chosen)
     except Exception as error:  # the binding raises RuntimeError, RuntimeException, Fail, InvalidGraph, …

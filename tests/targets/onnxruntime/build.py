@@ -23,6 +23,7 @@ from llmopt.runtime.executors.onnxruntime import (
     MODEL_FILE,
     NATIVE_LIBRARY_FILE,
     NATIVE_MODEL_FILE,
+    PLAIN_MODEL_FILE,
     OnnxruntimeExecutor,
 )
 from llmopt.runtime.executors.onnxruntime_session import runs_here
@@ -56,19 +57,27 @@ def build(program: Program, weights: Mapping[str, WeightReader], **options: Any)
 
 
 def executor(
-    program: Program, weights: Mapping[str, WeightReader], load: LoadOptions = OPTIONS, **options: Any
+    program: Program,
+    weights: Mapping[str, WeightReader],
+    load: LoadOptions = OPTIONS,
+    plain: bool | None = None,
+    **options: Any,
 ) -> OnnxruntimeExecutor:
-    """Build and load."""
+    """Build and load; ``plain``: whether in standard operators where the build has that form, else as the device is."""
     files = build(program, weights, **options)
     store = MemoryStore({name: materialize(reader) for name, reader in files.weights.items()})
-    return loaded(program, files, store, load)
+    return loaded(program, files, store, load, plain)
 
 
-def loaded(program: Program, files: TargetFiles, store: WeightStore, load: LoadOptions) -> OnnxruntimeExecutor:
-    """The executor of files in memory, with llmopt's kernels where the build has some."""
+def loaded(
+    program: Program, files: TargetFiles, store: WeightStore, load: LoadOptions, plain: bool | None = None
+) -> OnnxruntimeExecutor:
+    """The executor of files in memory, in the form for the device: with llmopt's kernels where the build has some."""
     copier = files.files[COPY_FILE]
-    if NATIVE_LIBRARY_FILE not in files.files:
-        return OnnxruntimeExecutor(program, files.files[MODEL_FILE], copier, store, load)
+    plain = load.device != "cpu" if plain is None else plain
+    if plain or load.device != "cpu" or NATIVE_LIBRARY_FILE not in files.files:
+        name = PLAIN_MODEL_FILE if plain and PLAIN_MODEL_FILE in files.files else MODEL_FILE
+        return OnnxruntimeExecutor(program, files.files[name], copier, store, load)
     with TemporaryDirectory() as folder:
         library = Path(folder) / NATIVE_LIBRARY_FILE
         library.write_bytes(files.files[NATIVE_LIBRARY_FILE])
@@ -100,6 +109,7 @@ def run(program: Program, *inputs: torch.Tensor) -> list[npt.NDArray[Any]]:
     for i, name in enumerate(function.outputs):
         emitter.graph.node("Identity", emitter.values[name], outputs=(f"out_{i}",))
         emitter.graph.output(f"out_{i}", function.types[name].dtype, function.types[name].shape)
+    emitter.graph.prune()
     model = emitter.graph.model("step", {})
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = 1, 3

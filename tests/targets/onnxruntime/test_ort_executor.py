@@ -98,6 +98,11 @@ def test_state_operations(name: str, device_memory: bool) -> None:
     runner = executor(PROGRAM, WEIGHTS)
     if device_memory:
         use_device_memory(runner)
+    check_state_operation(name, runner)
+
+
+def check_state_operation(name: str, runner: OnnxruntimeExecutor) -> None:
+    """An executor of the layer gives what the reference gives after an operation."""
     start = {"truncate": 3}.get(name, 5)
     slot = {"copy": 2, "move": 3, "exchange": 1, "swap": 3, "swap over": 1, "truncate": 0}[name]
     length = 6 if name == "move" else start

@@ -71,6 +71,7 @@ def run(op: str, x: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], l
     emitter.run()
     emitter.graph.node("Identity", emitter.values["y"], outputs=("out",))
     emitter.graph.output("out", types["y"].dtype, types["y"].shape)
+    emitter.graph.prune()
     model = emitter.graph.model("step", {})
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = 1
