@@ -61,14 +61,18 @@ class HostMemory:
 
 
 class DeviceMemory:
-    """States as OrtValues; slots move by running the one-node copy model with both ends bound by address."""
+    """States as OrtValues; slots move by running the one-node copy model with both ends bound by address.
+
+    Zero at first: GroupQueryAttention of the CUDA provider reads positions past a sequence's end, and memory that held
+    something else may hold NaN (seen on an H200: every logit of most float16 models).
+    """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: str, copier: bytes, options: LoadOptions) -> None:
         self.device, self.index = device_of(options)
         self.dtype, self.shapes = np.dtype(dtype), shapes
         self.session = new_session(copier, ort.SessionOptions(), options)
         self.values = {
-            name: ort.OrtValue.ortvalue_from_shape_and_type(list(shape), self.dtype, self.device, self.index)
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype), self.device, self.index)
             for name, shape in shapes.items()
         }
 
