@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2E, peek, tanh
+from ._dequantize import numbers
 from ._states import decode
 
 
@@ -44,20 +45,59 @@ def walk(
             )
             keys, values = decode(keys, query.dtype), decode(values, query.dtype)
             score = tl.dot(query, keys)
-        acc, mass, peak = absorb(
-            acc, mass, peak, score, values, slot, live, position, length, key_scale, S, scale, window, softcap,
-            sink_tokens, RING, MASKED,
+        p, fade, mass, peak = absorb(
+            mass, peak, score, slot, live, position, length, key_scale, S, scale, window, softcap, sink_tokens, RING,
+            MASKED,
         )  # fmt: skip
+        acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None])
     return acc, mass, peak
 
 
 @triton.jit
+def walk_pairs(
+    even, odd, mass, peak, query_even, query_odd, key_scale, k_map, v_map, pages, head, begin, end, kept, skipped,
+    position, length, top,
+    HK: tl.constexpr, S: tl.constexpr, scale: tl.constexpr, window: tl.constexpr, softcap: tl.constexpr,
+    sink_tokens: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """``walk`` over codes of eight bits, read as int16: two columns each, which meet the query's even and odd columns
+    and add to even and odd columns of the result. Halfwords reach the tensor cores' layout by ``ldmatrix``; bytes of
+    values, whose columns are not along the product, one by one."""
+    for block in range(begin, end):
+        start = tl.where(block < kept, block, block + skipped) * BN
+        slot = start + tl.arange(0, BN)
+        live = slot < top
+        at = (peek(pages + start // S) * HK + head) * S + start % S
+        keys = k_map.load([at, 0])
+        values = v_map.load([at, 0])
+        if MASKED:  # the codes past the sequence may be NaN's
+            values = tl.where(live[:, None], values, 0)
+        score = tl.dot(query_even, tl.trans(numbers(keys, 0, 8, FORMAT, query_even.dtype)))
+        score = tl.dot(query_odd, tl.trans(numbers(keys, 1, 8, FORMAT, query_odd.dtype)), score)
+        p, fade, mass, peak = absorb(
+            mass, peak, score, slot, live, position, length, key_scale, S, scale, window, softcap, sink_tokens, False,
+            MASKED,
+        )  # fmt: skip
+        p = p.to(query_even.dtype)
+        even = tl.dot(p, numbers(values, 0, 8, FORMAT, p.dtype), even * fade[:, None])
+        odd = tl.dot(p, numbers(values, 1, 8, FORMAT, p.dtype), odd * fade[:, None])
+    return even, odd, mass, peak
+
+
+@triton.jit
+def halves(x):
+    """Even and odd columns."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
 def absorb(
-    acc, mass, peak, score, values, slot, live, position, length, key_scale,
+    mass, peak, score, slot, live, position, length, key_scale,
     S: tl.constexpr, scale: tl.constexpr, window: tl.constexpr, softcap: tl.constexpr, sink_tokens: tl.constexpr,
     RING: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A tile's products of query and key, and its values, into the running sums."""
+    """A tile's products of query and key into the running sums: weights of its values, and what fades the sums so
+    far."""
     score = logit(score, key_scale, scale, softcap)
     if MASKED:
         key = ring_position(slot, length, S, sink_tokens) if RING else slot
@@ -71,8 +111,7 @@ def absorb(
     p = tl.exp2(score - anchor[:, None])
     fade = tl.exp2(peak - anchor)
     mass = mass * fade + tl.sum(p, 1)
-    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None])
-    return acc, mass, higher
+    return p, fade, mass, higher
 
 
 @triton.jit

@@ -13,35 +13,10 @@ import triton.language as tl
 
 from ..kernel import Strided
 from ._common import INTERPRETED
-from ._dequantize import signed_bytes
+from ._dequantize import fp8_bytes, signed_bytes
 
 ROUNDER = tl.constexpr(12582912.0)
 """1.5 · 2^23: added to a small number and taken away again, it leaves the nearest integer, ties to even."""
-
-E4M3 = {
-    "bf16": (4, "0x07f007f0", "0x7b807b80", "fma.rn.bf16x2"),
-    "fp16": (1, "0x3f803f80", "0x5c005c00", "fma.rn.f16x2"),
-}
-"""How far a byte in the upper half of 16 bits goes down, where its exponent and mantissa are then, the power of two
-between the biases (2^120, 2^8) twice, and multiplication with addition."""
-
-
-def e4m3_as(type_: str) -> Any:
-    """PTX that turns four E4M3 codes into numbers: the bits moved into place are the number over a power of two, below
-    the least normal number too. NaN, which no code written here is, becomes 480."""
-    shift, mask, power, fma = E4M3[type_]
-    halves = "\n".join(
-        f"shr.b32 v, {half}, {shift};\nand.b32 v, v, {mask};\nlop3.b32 v, {half}, 0x80008000, v, 0xea;\n"
-        f"{fma} {out}, v, p, n;"
-        for out, half in (("$0", "t"), ("$1", "u"))
-    )
-    return tl.constexpr(
-        "{ .reg .b32 t, u, v, z, p, n;\nmov.b32 z, 0;\nprmt.b32 t, $2, z, 0x1404;\nprmt.b32 u, $2, z, 0x3424;\n"
-        f"mov.b32 p, {power};\nmov.b32 n, 0x80008000;\n{halves} }}"
-    )
-
-
-E4M3_BF16, E4M3_FP16 = e4m3_as("bf16"), e4m3_as("fp16")
 
 
 @triton.jit
@@ -50,14 +25,7 @@ def decode(codes, DTYPE: tl.constexpr):
     if codes.dtype == tl.int8:
         return signed_bytes(codes.to(tl.uint8, bitcast=True), 0, DTYPE)
     elif codes.dtype == tl.float8e4nv:
-        b = codes.to(tl.uint8, bitcast=True)
-        if INTERPRETED:
-            found = codes.to(tl.float32).to(DTYPE)
-        elif DTYPE == tl.bfloat16:
-            found = tl.inline_asm_elementwise(E4M3_BF16, "=r,=r,r", [b], tl.bfloat16, True, 4)
-        else:
-            found = tl.inline_asm_elementwise(E4M3_FP16, "=r,=r,r", [b], tl.float16, True, 4)
-        return found
+        return fp8_bytes(codes.to(tl.uint8, bitcast=True), 0, DTYPE)
     else:
         return codes
 
@@ -87,7 +55,8 @@ def nearest_e4m3(x):
     return tl.where(tl.abs(x) < 0.015625, small, normal)
 
 
-CODES = ("int8", "float8_e4m3fn")
+CODES = {"int8": "int8", "float8_e4m3fn": "fp8_e4m3"}
+"""Types of codes, and the format that ``_dequantize.numbers`` knows them by."""
 
 
 def unreadable(values: Any, arch: int) -> str | None:

@@ -25,8 +25,9 @@ from ._common import (
     prefetch,
     rows_of,
 )
-from ._softmax import logit, merge, store_rows, walk
+from ._softmax import halves, logit, merge, store_rows, walk, walk_pairs
 from ._states import CODES, decode, encode, unreadable
+from .gemm_q import as_elements
 from .rotary import strides, turned_heads
 
 
@@ -39,7 +40,7 @@ def attention(
     V_HEAD: tl.constexpr, V_ROW: tl.constexpr, F: tl.constexpr, STRIDE: tl.constexpr, INTERLEAVED: tl.constexpr,
     eps: tl.constexpr, offset: tl.constexpr, MUL_FP32: tl.constexpr, scale: tl.constexpr, window: tl.constexpr,
     softcap: tl.constexpr, sink_tokens: tl.constexpr, RING: tl.constexpr, DECODE: tl.constexpr,
-    TILE: tl.constexpr, LINES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    PAIRS: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, PN: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (T, H, DV) of q (H, T, D) over states (B, HK, S, D), (B, HK, S, DV); see llmopt.cached_attention.
@@ -49,6 +50,7 @@ def attention(
     SPLITS > 1 the keys are divided; each part leaves its sums, and the last to come merges them by their log-sum-exp,
     CHUNK at a time.
     ``k_map``, ``v_map``: descriptors over the states as rows, for blocks that hold whole key tiles; else pointers.
+    ``PAIRS``: the codes' format where descriptors read two codes as one int16.
     ``k_scale``, ``v_scale`` (HK,): of states that hold codes, which become numbers in registers; the first joins the
     softmax's scale, the second multiplies the result.
     Floor: the keys and values of each sequence once, or 4·rows·keys·H·D operations.
@@ -151,14 +153,29 @@ def attention(
                 mass += 1.0
                 acc += decode(value_kept, query.dtype).to(tl.float32)
         half = tl.minimum(tl.maximum(full, begin), end)
-        acc, mass, peak = walk(
-            acc, mass, peak, query, k_state, v_state, key_scale, k_map, v_map, pages, head, begin, half, kept, skipped,
-            position, length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV, False,
-        )  # fmt: skip
-        acc, mass, peak = walk(
-            acc, mass, peak, query, k_state, v_state, key_scale, k_map, v_map, pages, head, half, end, kept, skipped,
-            position, length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV, True,
-        )  # fmt: skip
+        if PAIRS is None:
+            acc, mass, peak = walk(
+                acc, mass, peak, query, k_state, v_state, key_scale, k_map, v_map, pages, head, begin, half, kept,
+                skipped, position, length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV,
+                False,
+            )  # fmt: skip
+            acc, mass, peak = walk(
+                acc, mass, peak, query, k_state, v_state, key_scale, k_map, v_map, pages, head, half, end, kept,
+                skipped, position, length, top, HK, D, DV, S, scale, window, softcap, sink_tokens, RING, BN, BD, BDV,
+                True,
+            )  # fmt: skip
+        else:
+            query_even, query_odd = halves(query)
+            even, odd = halves(acc)
+            even, odd, mass, peak = walk_pairs(
+                even, odd, mass, peak, query_even, query_odd, key_scale, k_map, v_map, pages, head, begin, half, kept,
+                skipped, position, length, top, HK, S, scale, window, softcap, sink_tokens, PAIRS, BN, False,
+            )  # fmt: skip
+            even, odd, mass, peak = walk_pairs(
+                even, odd, mass, peak, query_even, query_odd, key_scale, k_map, v_map, pages, head, half, end, kept,
+                skipped, position, length, top, HK, S, scale, window, softcap, sink_tokens, PAIRS, BN, True,
+            )  # fmt: skip
+            acc = tl.reshape(tl.join(even, odd), (BM, BDV))
         if SPLITS == 1:
             store_rows(out, sinks, v_scale, acc, mass, peak, head, line, row, ok, H, G, DV, BDV)
         else:
@@ -199,6 +216,10 @@ def write_row(
         tl.store(v_state + line * DV + dv, value, mask=dv < DV)
 
 
+MIN_DEPTH = 16
+"""Columns of a product at least."""
+WIDE_LINES = 64
+"""Lines from which products are wgmma's, whose keys and values lie in shared memory."""
 MOST_LINES = (1 << 31) - 1
 """Rows a descriptor is given at most: the bound on a state's blocks is larger than any memory, and than its extents
 may be."""
@@ -301,13 +322,15 @@ class Attention:
         per_tile, tiles = tiles_of(c["BM"])
         held, splits = min(c["BM"], pow2(per_tile * groups)), c["SPLITS"]
         many, units = splits > 1, tiles * shared
+        pairs = tma and coded and c["BM"] < WIDE_LINES and min(bd, bdv) >= 2 * MIN_DEPTH
         held_lines = min(blocks * shared * size, MOST_LINES)
         flat = [replace(state, shape=(held_lines, e), strides=(e, 1)) for state, e in ((k, d), (x, dv))]
+        rows_at = [as_elements(state, "int16") for state in flat] if pairs else flat
         tensors = {
             **{name: fresh.get(name) for name in BROUGHT},
             "q": q, "k_state": k, "v_state": x, "k_scale": v.get("k_scale"), "v_scale": v.get("v_scale"),
-            "k_map": TmaOperand(flat[0], (c["BN"], bd)) if tma else None,
-            "v_map": TmaOperand(flat[1], (c["BN"], bdv)) if tma else None, "table": v["block_table"],
+            "k_map": TmaOperand(rows_at[0], (c["BN"], bd >> pairs)) if tma else None,
+            "v_map": TmaOperand(rows_at[1], (c["BN"], bdv >> pairs)) if tma else None, "table": v["block_table"],
             "cu": v["cu_seqlens"], "lens": v["seq_lens"], "sinks": v["sinks"], "out": out,
             "partial": Scratch("partial", 4 * units * splits * held * bdv) if many else None,
             "stats": Scratch("stats", 8 * units * splits * held) if many else None,
@@ -316,8 +339,9 @@ class Attention:
         constants = {
             "N": n, "W": width, "H": heads, "HK": shared, "D": d, "DV": dv, "S": size, "Q_HEAD": q.strides[1],
             "Q_ROW": q.strides[2], "scale": float(v["scale"]), "window": v["window"], "softcap": float(v["softcap"]),
-            "sink_tokens": v["sink_tokens"], "RING": v["ring"], "DECODE": decode, "TILE": per_tile, "LINES": held,
-            "BM": c["BM"], "BN": c["BN"], "BD": bd, "BDV": bdv, "PN": pow2(n), "SPLITS": splits,
+            "sink_tokens": v["sink_tokens"], "RING": v["ring"], "DECODE": decode,
+            "PAIRS": CODES[k.dtype] if pairs else None, "TILE": per_tile, "LINES": held, "BM": c["BM"],
+            "BN": c["BN"], "BD": bd, "BDV": bdv, "PN": pow2(n), "SPLITS": splits,
             "CHUNK": max(1, min(splits, 8192 // (held * bdv))),
             **{name: fresh.get(name, default) for name, default in ALONE.items()},
         }  # fmt: skip

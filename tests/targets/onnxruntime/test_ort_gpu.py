@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 
 from llmopt.artifact import Artifact
@@ -20,7 +21,8 @@ from tests.targets.onnxruntime.build import executor
 from tests.targets.onnxruntime.test_ort_executor import OPERATIONS, PROGRAM, WEIGHTS, check_state_operation
 from tests.targets.test_conformance import OPTIONS, TOLERANCE, WRONG, error, mutated
 
-pytestmark = pytest.mark.gpu
+missing = "CUDAExecutionProvider" not in ort.get_available_providers()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing, reason="onnxruntime-gpu is not installed")]
 CUDA = replace(OPTIONS, device="cuda")
 EMBEDDED = Path("models/classics-2m")
 SLACK = 2.0

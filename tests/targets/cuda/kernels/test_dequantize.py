@@ -91,10 +91,9 @@ def test_every_int8(type_: str) -> None:
 @pytest.mark.parametrize("type_", TYPES)
 def test_every_fp8(type_: str) -> None:
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().tolist()
+    values[0x7F], values[0xFF] = 480.0, -480.0  # NaN, which no weight and no key holds
     for code in range(256):
         raw = bytes((code, 255 - code, code ^ 0x5A, (3 * code) & 255))
-        if {0x7F, 0xFF} & set(raw):
-            continue  # NaN, which no weight holds
         numbers, word = [values[byte] for byte in raw], int.from_bytes(raw, "little")
         assert evaluate(e4m3_as(type_).value, word, type_) == numbers
         for part in range(2):
