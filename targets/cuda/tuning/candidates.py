@@ -218,8 +218,10 @@ def attention(rows: int, sequences: int, decode: bool, size: int) -> Iterator[Co
     """Key tiles, stages and parts of the keys; descriptors where a KV block holds whole key tiles."""
     if decode:
         splits = (8, 16, 32) if rows == 1 else (4, 8) if rows <= 4 else (1, 2, 4) if rows <= 32 else (1,)
-        for parts, (keys, stages) in product(splits, ((64, 3), (64, 4), (32, 4), (32, 6))):
-            yield {"BM": 16, "BN": keys, "SPLITS": parts, "warps": 4, "stages": stages, "TMA": int(size % keys == 0)}
+        tiles = ((64, 3, 2), (64, 3, 4), (64, 4, 4), (32, 3, 4), (32, 4, 4))
+        for parts, (keys, stages, warps) in product(splits, tiles):
+            tma = int(size % keys == 0)
+            yield {"BM": 16, "BN": keys, "SPLITS": parts, "warps": warps, "stages": stages, "TMA": tma}
         return
     for lines, keys, warps, stages in ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)):
         if size % keys == 0 or keys == 64:

@@ -114,7 +114,8 @@ def build(case: str, checkpoint: Path, text: str, folder: Path, options: str = B
         rounded = reference_logits(checkpoint, text, "bfloat16", tokens, run)
         arrays[f"rms_{run}"] = rms_errors(case, rounded, expected)
         arrays |= {f"logits_{run}_{i}": x for i, x in enumerate(expected)}
-    several = re.sub(r"block_size: \d+", "block_size: 16", text)  # blocks of a sequence
+    size = 64 if case.startswith("llama_wide") else 16  # else several blocks a sequence
+    several = re.sub(r"block_size: \d+", f"block_size: {size}", text)
     recipe = parse_recipe(several.replace(OPTIONS, options))
     compile_checkpoint(checkpoint, recipe, folder / case, CompileOptions(max_context=CONTEXT))
     np.savez(folder / f"{case}.npz", **arrays)
