@@ -14,7 +14,8 @@ class SchedulerOptions:
     """How steps are made up.
 
     ``chunk``: most prompt tokens in a step that others decode in, which bounds what an arriving prompt costs them
-    (None: whatever the step holds). ``step_tokens``: most tokens of a step (None: the executor's limit).
+    (None: whatever the step holds); more where the executor would pad the step up to so many rows. ``step_tokens``:
+    most tokens of a step (None: the executor's limit).
     ``prefix_cache``: keep and share states of equal prefixes.
     """
 

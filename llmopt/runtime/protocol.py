@@ -172,6 +172,7 @@ class ExecutorLimits:
     ``steps_in_flight``: 1 when every step must be collected before the next is submitted, 2 when the host may run
     one step ahead. ``ranged``: calls cover a range of blocks, so that sequences with one block each should be close.
     ``spare_core``: ``submit`` computes without the interpreter and leaves the host a core meanwhile.
+    ``row_buckets``: rows that a step with prompt tokens is padded to, smallest first; none where it takes its own rows.
     """
 
     max_context: int
@@ -183,6 +184,7 @@ class ExecutorLimits:
     steps_in_flight: int = 1
     ranged: bool = False
     spare_core: bool = False
+    row_buckets: tuple[int, ...] = ()
 
 
 class Executor(Protocol):

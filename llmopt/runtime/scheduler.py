@@ -123,10 +123,7 @@ class Scheduler:
         if not (self._make_way() and self._reserve()):
             return None
         places = self.decoding.ready(min(self.step_tokens, self.limits.max_sequences))
-        room = self.step_tokens - len(places)
-        if self.options.chunk is not None and self.decoding.going():
-            room = min(room, self.options.chunk)
-        step = StepRows(room, self.limits.max_sequences - len(places))
+        step = StepRows(self._room(len(places)), self.limits.max_sequences - len(places))
         decode = self._decode(places)
         for sequence in self._in_order(self.prefilling.values()):
             if step.open:
@@ -146,6 +143,16 @@ class Scheduler:
         if not (batch.rows or batch.decode or batch.release or batch.ops):
             return None
         return Plan(batch, *self._drawn(step, places))
+
+    def _room(self, decoding: int) -> int:
+        """Prompt tokens of a step beside so many decoding rows. A chunk grows into the rows that its step would be
+        padded with: those take their time anyway."""
+        room = self.step_tokens - decoding
+        if self.options.chunk is None or not self.decoding.going():
+            return room
+        asked = decoding + min(room, self.options.chunk)
+        padded = next((rows for rows in self.limits.row_buckets if rows >= asked), asked)
+        return min(room, padded - decoding)
 
     def _decode(self, places: IntArray) -> DecodeRows | None:
         """Rows for these places of the decoding sequences."""

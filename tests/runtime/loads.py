@@ -26,10 +26,11 @@ def make(
     options=None,
     executor=FakeExecutor,
     ranged=False,
+    buckets=(),
 ):
     """An engine core over a fake executor and a virtual clock (``core.clock``). ``blocks``: by group, in order."""
     counts = {g.name: blocks[i] for i, g in enumerate(plan.groups)}
-    limits = ExecutorLimits(context, sequences, step, counts, VOCAB, switch, depth, ranged=ranged)
+    limits = ExecutorLimits(context, sequences, step, counts, VOCAB, switch, depth, ranged=ranged, row_buckets=buckets)
     return EngineCore(executor(plan, limits), eos, options=options or SchedulerOptions(), clock=VirtualClock())
 
 

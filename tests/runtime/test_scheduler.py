@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llmopt.runtime.fairness import QueueOptions
 from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.swap import SwapOptions
-from tests.runtime.fake import oracle, plan_of
+from tests.runtime.fake import FakeExecutor, oracle, plan_of
 from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy, make, step, until
 
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
@@ -79,7 +79,8 @@ def run_load(requests, options, kinds, blocks, tokens, longrope, data):
     eos = frozenset(data.draw(st.sets(st.integers(0, VOCAB - 1), max_size=4)))
     counts = [blocks if g.kind == "paged" else data.draw(st.integers(1, 5)) for g in plan.groups]
     depth, ranged = data.draw(st.integers(1, 2)), data.draw(st.booleans())
-    core = make(plan, counts, step=tokens, depth=depth, switch=switch, eos=eos, options=options, ranged=ranged)
+    more = {"ranged": ranged, "buckets": data.draw(st.sampled_from([(), (4, 16), (24,)]))}
+    core = make(plan, counts, step=tokens, depth=depth, switch=switch, eos=eos, options=options, **more)
     results, finished, cancelled, ids = {}, {}, set(), {}
     for now in range(31):
         for i, request in enumerate(requests):
@@ -110,6 +111,27 @@ def run_load(requests, options, kinds, blocks, tokens, longrope, data):
             assert got == expected
             assert finished[seq_id] == ("stop" if expected[-1] in eos else "length")
     assert_clean(core)
+
+
+@pytest.mark.parametrize(("buckets", "expected"), [((), 5), ((4, 8, 16), 6), ((4,), 5), ((5, 7), 5), ((30,), 12)])
+def test_a_chunk_grows_into_the_rows_its_step_is_padded_with(buckets, expected):
+    """Two sequences decode when a prompt of 40 tokens comes; a chunk is 5 tokens and a step holds 14."""
+    rows = []
+
+    class Watched(FakeExecutor):
+        def submit(self, batch):
+            rows.append([row.query_len for row in batch.rows])
+            return super().submit(batch)
+
+    options = SchedulerOptions(chunk=5, prefix_cache=False)
+    core = make(plan_of("paged"), [60], step=14, options=options, buckets=buckets, executor=Watched)
+    for _ in range(2):
+        core.add([1, 2, 3], greedy(30))
+    core.step()
+    core.add(list(range(9)) * 4 + [1] * 4, greedy(1))
+    core.step()
+    core.step()
+    assert rows[-1] == [expected]
 
 
 def test_the_wait_in_the_queue_is_known_with_the_first_token():

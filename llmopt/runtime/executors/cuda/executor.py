@@ -79,6 +79,7 @@ class CudaExecutor:
             vocab_size=program.vocab_size,
             rope_switch=program.rope_switch,
             steps_in_flight=2,
+            row_buckets=self.buckets.extend_rows,
         )
         self.free = list(range(PLACES * self.limits.max_sequences))[::-1]
         self.sequences: dict[int, _Sequence] = {}

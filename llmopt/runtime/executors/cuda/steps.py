@@ -45,7 +45,8 @@ class Buckets:
         self.decode = [i for i in order if plan.buckets[i].function == "decode"]
         self.extend = [i for i in order if plan.buckets[i].function == "extend"]
         self.max_decode = max(plan.buckets[i].dims["N"] for i in self.decode)
-        self.max_rows = max(plan.buckets[i].dims["T"] for i in self.extend)
+        self.extend_rows = tuple(sorted({plan.buckets[i].dims["T"] for i in self.extend}))
+        self.max_rows = self.extend_rows[-1]
         self.max_parts = max(plan.buckets[i].dims["N"] for i in self.extend)
 
     def pick(self, function: str, rows: int, sequences: int) -> int:
