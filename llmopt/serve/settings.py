@@ -32,7 +32,9 @@ class Settings:
     deterministic: bool = _setting(
         False, "A text at temperature 0 does not depend on what else runs: one sequence a step, no prefix cache."
     )
-    chunk: int | None = _setting(256, "Prompt tokens in a step that others decode in, and what fills its padding.", least=1)
+    chunk: int | None = _setting(
+        256, "Prompt tokens in a step that others decode in, and what fills its padding.", least=1
+    )
     step_tokens: int | None = _setting(None, "Tokens of a step (default: the executor's limit).", least=1)
     prefix_cache: bool = _setting(True, "Keep and share the states of equal prefixes.")
     swap_bytes: int = _setting(0, "Host memory for preempted states; 0: they are computed again.", least=0)
