@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from llmopt.errors import ArtifactError
 from llmopt.launch import Cubin, Launch, Pointer, Scalar, TensorMap
 
-FORMAT = 1
+FORMAT = 2
 FILE = "bundle.json"
 OPERANDS: dict[str, Any] = {kind.__name__: kind for kind in (Pointer, Scalar, TensorMap)}
 
@@ -90,9 +92,24 @@ class Bundle:
 
 
 def written(entry: Entry) -> dict[str, Any]:
-    """An entry as JSON; operands headed by their kind."""
+    """An entry as JSON; operands headed by their kind, what buffers hold packed: block tables of a long context are
+    long and regular."""
     launches = [{**asdict(x), "args": [[type(a).__name__, asdict(a)] for a in x.args]} for x in entry.launches]
-    return {**asdict(entry), "launches": launches}
+    buffers = {name: {**asdict(b), "data": packed(b.data)} for name, b in entry.buffers.items()}
+    return {**asdict(entry), "buffers": buffers, "launches": launches}
+
+
+def packed(data: tuple[int, ...]) -> str:
+    """Integers as text."""
+    return base64.b64encode(zlib.compress(json.dumps(data).encode())).decode() if data else ""
+
+
+def unpacked(text: str) -> tuple[int, ...]:
+    """Inverse of ``packed``; raises ValueError for what is not its result."""
+    try:
+        return tuple(json.loads(zlib.decompress(base64.b64decode(text, validate=True)))) if text else ()
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
 
 
 def damaged(folder: Path, what: str) -> ArtifactError:
@@ -123,7 +140,7 @@ def open_bundle(folder: Path) -> Bundle:
 
 def read_entry(raw: dict[str, Any]) -> Entry:
     """Inverse of ``written``."""
-    buffers = {name: Buffer(**{**b, "data": tuple(b["data"])}) for name, b in raw["buffers"].items()}
+    buffers = {name: Buffer(**{**b, "data": unpacked(b["data"])}) for name, b in raw["buffers"].items()}
     launches = tuple(read_launch(x) for x in raw["launches"])
     name, dtype, count = raw["out"]
     return Entry(**{**raw, "buffers": buffers, "launches": launches, "out": (name, dtype, count)})

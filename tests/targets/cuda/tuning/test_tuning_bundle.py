@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from targets.cuda.kernels import (
 from targets.cuda.options import CudaOptions
 from targets.cuda.tuning.build import entry as describe
 from targets.cuda.tuning.build import program_cases, site_cases
-from targets.cuda.tuning.bundle import FILE, open_bundle
+from targets.cuda.tuning.bundle import FILE, FORMAT, Buffer, open_bundle
 from targets.cuda.tuning.candidates import candidates
 from targets.cuda.tuning.timing import FILLED, finite, measure, winners
 from tests.targets.cuda.models import model
@@ -148,6 +149,15 @@ def test_a_bundle_is_read_back_as_written(tmp_path: Path) -> None:
     assert found.read_cubin("cubins/k.cubin") == b"cubin"
 
 
+def test_the_block_tables_of_a_long_context_take_little_room(tmp_path: Path) -> None:
+    made = entry("bfloat16 1x8x8", {"rows": 1})
+    table = tuple(i % 2048 for i in range(256 * 2048))
+    written = replace(made, buffers={**made.buffers, "table": Buffer(4 * len(table), "data", "int32", table)})
+    found = bundle(tmp_path, written)
+    assert open_bundle(tmp_path) == found
+    assert (tmp_path / FILE).stat().st_size < 20_000
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     bundle(tmp_path, entry("bfloat16 1x8x8", {"rows": 1}))
     (tmp_path / "cubins/k.cubin").write_bytes(b"other")
@@ -158,7 +168,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
         open_bundle(tmp_path).read_cubin("cubins/k.cubin")
     text = (tmp_path / FILE).read_text()
     for broken, words in (
-        (text[: len(text) // 2], "malformed"), (text.replace('"format": 1', '"format": 9'), "format 1, found 9"),
+        (text[: len(text) // 2], "malformed"), (text.replace('"data": ""', '"data": "?"', 1), "malformed"),
+        (text.replace('"data": ""', '"data": "AAAA"', 1), "malformed"),
+        (text.replace(f'"format": {FORMAT}', '"format": 9'), f"format {FORMAT}, found 9"),
         ("[]", "malformed"), (json.dumps({**json.loads(text), "digests": {}}), "names no cubin"),
     ):  # fmt: skip
         (tmp_path / FILE).write_text(broken)
