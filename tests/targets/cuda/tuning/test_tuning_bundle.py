@@ -155,7 +155,7 @@ def test_the_block_tables_of_a_long_context_take_little_room(tmp_path: Path) -> 
     written = replace(made, buffers={**made.buffers, "table": Buffer(4 * len(table), "data", "int32", table)})
     found = bundle(tmp_path, written)
     assert open_bundle(tmp_path) == found
-    assert (tmp_path / FILE).stat().st_size < 20_000
+    assert (tmp_path / FILE).stat().st_size < 50_000
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
