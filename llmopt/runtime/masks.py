@@ -76,6 +76,7 @@ class MaskFiller:
 
     def __init__(self, words: int, ahead: bool) -> None:
         self._words, self._ahead = words, ahead
+        self._workers = min(MOST_THREADS, (os.cpu_count() or 1) - 1)  # asking the system took 50 us, each step
         self._thread: _Thread | None = None
         self._pool: Any = None
 
@@ -98,23 +99,22 @@ class MaskFiller:
         """Masks (n, words); nothing is allowed where a grammar has failed, which ends that request and no other."""
         masks = np.zeros((len(states), self._words), np.uint32)
         first, size = masks.__array_interface__["data"][0], masks.itemsize * self._words
-        workers = min(MOST_THREADS, (os.cpu_count() or 1) - 1)
-        if len(states) < PARALLEL or workers < 2:
+        if len(states) < PARALLEL or self._workers < 2:
             for i, state in enumerate(states):
                 state.catch_up()
                 state.matcher.unsafe_compute_mask_ptr(first + i * size, size)
         else:
-            self._fill_parallel(states, first, size, workers)
+            self._fill_parallel(states, first, size)
         for i, state in enumerate(states):
             if state.matcher.is_error():
                 masks[i] = 0
         return masks
 
-    def _fill_parallel(self, states: Sequence[State], first: int, size: int, workers: int) -> None:
+    def _fill_parallel(self, states: Sequence[State], first: int, size: int) -> None:
         if self._pool is None:
             from llguidance import LLExecutor
 
-            self._pool = LLExecutor(workers)
+            self._pool = LLExecutor(self._workers)
         behind = [(state.matcher, state.token) for state in states if state.token is not None]
         if behind:
             self._pool.consume_token_par(behind)
