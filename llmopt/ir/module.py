@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from llmopt.ir.weights import Weight, WeightTable
 from llmopt.program import StateGroup
@@ -67,6 +70,13 @@ class Module:
         """The fake-tensor mode every ``meta["val"]`` of the module belongs to."""
         graph = next(iter(self.functions.values())).graph
         return next(n.meta["val"].fake_mode for n in graph.nodes if n.op == "placeholder")
+
+    @contextmanager
+    def faking(self) -> Iterator[None]:
+        """Calls compute fake values. Without the dispatcher torch 2.11 specializes T and refuses a linear without
+        bias."""
+        with self.fake_mode, enable_python_dispatcher():
+            yield
 
     def fake(self, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype) -> torch.Tensor:
         """A fake tensor of the module's mode."""

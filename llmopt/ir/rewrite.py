@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 import llmopt.ir.ops  # noqa: F401  (registers the dialect)
@@ -127,7 +126,7 @@ def call(function: fx.GraphModule, module: Module, target: Any, *args: Any, like
     """A typed call at the graph's insertion point; ``like`` gives its scope."""
     node = function.graph.call_function(target, args)
     fakes = fx.node.map_arg(args, lambda n: n.meta["val"])
-    with module.fake_mode, enable_python_dispatcher():  # without it torch 2.11 has no symbolic linear
+    with module.faking():
         node.meta["val"] = target(*fakes)
     if like is not None and "scope" in like.meta:
         node.meta["scope"] = like.meta["scope"]

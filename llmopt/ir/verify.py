@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 import llmopt.ir.ops  # noqa: F401  (registers the dialect)
 from llmopt.errors import PassError
@@ -42,7 +41,7 @@ def refresh(module: Module) -> None:
         inputs = [n.meta["val"] for n in function.graph.nodes if n.op == "placeholder"]
         propagation = Propagation(function, module.fake_mode, module.propagated)
         try:
-            with enable_python_dispatcher():  # without it torch 2.11 specializes T
+            with module.faking():
                 propagation.propagate_dont_convert_inputs(*inputs)
         except Exception as error:
             what = f"shapes do not propagate: {str(error).splitlines()[0] if str(error) else error!r}"

@@ -76,7 +76,8 @@ class OnnxRuntimeTarget:
         forms = {MODEL_FILE: self.emit(program, weights, level)}
         if native:
             emitter = self.emit(program, weights, level, native=True)
-            forms |= {NATIVE_MODEL_FILE: emitter} if operators(emitter, NATIVE) else {}
+            if operators(emitter, NATIVE):
+                forms[NATIVE_MODEL_FILE] = emitter
         fused = operators(forms[MODEL_FILE])["GroupQueryAttention"]
         if fused and function_dtype(decode_of(program)) == "float32":
             forms[PLAIN_MODEL_FILE] = self.emit(program, weights, level, contrib_attention=False)

@@ -38,7 +38,7 @@ def native(model: Compiled, program: Program | None = None) -> Any:
 
 def plain(model: Compiled, program: Program | None = None) -> Any:
     """The form for the CUDA provider, here on the CPU: attention in standard operators."""
-    return executor(program or model.program, model.weights, OPTIONS, plain=True, native_kernels=False)
+    return executor(program or model.program, model.weights, OPTIONS, form_for="cuda", native_kernels=False)
 
 
 TARGETS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,11 +149,12 @@ def native_library(artifact: Artifact, options: LoadOptions) -> Path | None:
     return None
 
 
-def model_file(artifact: Artifact, options: LoadOptions, library: Path | None) -> str:
-    """Name of the form of the model that runs on the device (targets/onnxruntime/target.py says what each is for)."""
+def model_file(has_file: Callable[[str], bool], device: str, library: Path | None) -> str:
+    """Name of the form of the model for the device, of those there are (targets/onnxruntime/target.py says what each
+    is for)."""
     if library is not None:
         return NATIVE_MODEL_FILE
-    return PLAIN_MODEL_FILE if options.device != "cpu" and artifact.has_file(PLAIN_MODEL_FILE) else MODEL_FILE
+    return PLAIN_MODEL_FILE if device != "cpu" and has_file(PLAIN_MODEL_FILE) else MODEL_FILE
 
 
 def load(artifact: Artifact, options: LoadOptions) -> OnnxruntimeExecutor:
@@ -162,7 +163,8 @@ def load(artifact: Artifact, options: LoadOptions) -> OnnxruntimeExecutor:
     Raises ExecutorError when the golden tokens come out differently: a provider can be wrong and deterministic.
     """
     library = native_library(artifact, options)
-    model, copier = (artifact.file(n).read_bytes() for n in (model_file(artifact, options, library), COPY_FILE))
+    name = model_file(artifact.has_file, options.device, library)
+    model, copier = (artifact.file(n).read_bytes() for n in (name, COPY_FILE))
     executor = OnnxruntimeExecutor(artifact.program, model, copier, artifact.weight_store(), options, library)
     check_golden(executor, artifact.manifest.golden, dtype=activations(executor.session))
     return executor

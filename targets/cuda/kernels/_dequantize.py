@@ -143,15 +143,20 @@ def e2m1_of_bytes(part: int, type_: str) -> Any:
     )
 
 
-HALFWORDS_BF16 = tl.constexpr(tuple(nibbles_of_halfwords(part, "bf16") for part in range(4)))
-HALFWORDS_FP16 = tl.constexpr(tuple(nibbles_of_halfwords(part, "fp16") for part in range(4)))
+def listed(type_: str, form: str) -> Any:
+    """A line of HALFWORDS as device functions of Triton take it."""
+    return tl.constexpr(tuple(map(tl.constexpr, HALFWORDS[type_][form])))
+
+
+HALFWORDS_BF16 = listed("bf16", "int4")
+HALFWORDS_FP16 = listed("fp16", "int4")
 BYTES_BF16 = tl.constexpr(tuple(nibbles_of_bytes(part, "bf16") for part in range(2)))
 BYTES_FP16 = tl.constexpr(tuple(nibbles_of_bytes(part, "fp16") for part in range(2)))
-PAIRS_BF16 = tl.constexpr(tuple(bytes_of_halfwords(part, "bf16") for part in range(2)))
-PAIRS_FP16 = tl.constexpr(tuple(bytes_of_halfwords(part, "fp16") for part in range(2)))
+PAIRS_BF16 = listed("bf16", "int8")
+PAIRS_FP16 = listed("fp16", "int8")
 SIGNED_BF16, SIGNED_FP16 = signed_bytes_as("bf16"), signed_bytes_as("fp16")
-FP8_PAIRS_BF16 = tl.constexpr(tuple(e4m3_of_halfwords(part, "bf16") for part in range(2)))
-FP8_PAIRS_FP16 = tl.constexpr(tuple(e4m3_of_halfwords(part, "fp16") for part in range(2)))
+FP8_PAIRS_BF16 = listed("bf16", "fp8_e4m3")
+FP8_PAIRS_FP16 = listed("fp16", "fp8_e4m3")
 FP8_BF16, FP8_FP16 = e4m3_as("bf16"), e4m3_as("fp16")
 E2M1_BF16 = tl.constexpr(tuple(e2m1_of_bytes(part, "bf16") for part in range(2)))
 E2M1_FP16 = tl.constexpr(tuple(e2m1_of_bytes(part, "fp16") for part in range(2)))

@@ -20,11 +20,9 @@ from llmopt.program import Program
 from llmopt.registry import load_target
 from llmopt.runtime.executors.onnxruntime import (
     COPY_FILE,
-    MODEL_FILE,
     NATIVE_LIBRARY_FILE,
-    NATIVE_MODEL_FILE,
-    PLAIN_MODEL_FILE,
     OnnxruntimeExecutor,
+    model_file,
 )
 from llmopt.runtime.executors.onnxruntime_session import runs_here
 from llmopt.target import BuildContext, LoadOptions, TargetFiles, WeightReader, WeightStore
@@ -60,29 +58,27 @@ def executor(
     program: Program,
     weights: Mapping[str, WeightReader],
     load: LoadOptions = OPTIONS,
-    plain: bool | None = None,
+    form_for: str | None = None,
     **options: Any,
 ) -> OnnxruntimeExecutor:
-    """Build and load; ``plain``: whether in standard operators where the build has that form, else as the device is."""
+    """Build and load; ``form_for``: the device whose form is taken, if not the one it runs on."""
     files = build(program, weights, **options)
     store = MemoryStore({name: materialize(reader) for name, reader in files.weights.items()})
-    return loaded(program, files, store, load, plain)
+    return loaded(program, files, store, load, form_for)
 
 
 def loaded(
-    program: Program, files: TargetFiles, store: WeightStore, load: LoadOptions, plain: bool | None = None
+    program: Program, files: TargetFiles, store: WeightStore, load: LoadOptions, form_for: str | None = None
 ) -> OnnxruntimeExecutor:
-    """The executor of files in memory, in the form for the device: with llmopt's kernels where the build has some."""
-    copier = files.files[COPY_FILE]
-    plain = load.device != "cpu" if plain is None else plain
-    if plain or load.device != "cpu" or NATIVE_LIBRARY_FILE not in files.files:
-        name = PLAIN_MODEL_FILE if plain and PLAIN_MODEL_FILE in files.files else MODEL_FILE
-        return OnnxruntimeExecutor(program, files.files[name], copier, store, load)
+    """The executor of files in memory, with llmopt's kernels where the build has some for the device."""
+    device, library = form_for or load.device, None
     with TemporaryDirectory() as folder:
-        library = Path(folder) / NATIVE_LIBRARY_FILE
-        library.write_bytes(files.files[NATIVE_LIBRARY_FILE])
-        assert runs_here(library), "this machine cannot run the kernels"
-        return OnnxruntimeExecutor(program, files.files[NATIVE_MODEL_FILE], copier, store, load, library)
+        if device == "cpu" and NATIVE_LIBRARY_FILE in files.files:
+            library = Path(folder) / NATIVE_LIBRARY_FILE
+            library.write_bytes(files.files[NATIVE_LIBRARY_FILE])
+            assert runs_here(library), "this machine cannot run the kernels"
+        name = model_file(files.files.__contains__, device, library)
+        return OnnxruntimeExecutor(program, files.files[name], files.files[COPY_FILE], store, load, library)
 
 
 def trace(function: Callable[..., Any], *example: torch.Tensor) -> Program:

@@ -14,6 +14,7 @@ from llmopt.compiler import compile_checkpoint
 from llmopt.errors import ExecutorError
 from llmopt.recipe import parse_recipe
 from llmopt.runtime.executors.onnxruntime import COPY_FILE, MODEL_FILE, OnnxruntimeExecutor, load
+from llmopt.runtime.executors.onnxruntime_session import PROVIDERS
 from llmopt.runtime.golden import check_golden
 from tests.architectures import ARCHITECTURES
 from tests.targets.models import Compiled, compiled
@@ -72,7 +73,9 @@ def artifact_of(recipe: str, dtype: str, folder: Path) -> Artifact:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("recipe", ["fp32-cpu", "int8-cpu", "int4-cpu"])
 def test_artifacts_of_the_cpu_recipes_pass_the_gate(recipe: str, dtype: str, tmp_path: Path) -> None:
-    load(artifact_of(recipe, dtype, tmp_path), CUDA).close()
+    runner = load(artifact_of(recipe, dtype, tmp_path), CUDA)
+    assert runner.session.get_providers()[0] == PROVIDERS["cuda"]
+    runner.close()
 
 
 def test_the_gate_refuses_a_form_the_provider_computes_wrongly(tmp_path: Path) -> None:
