@@ -25,7 +25,7 @@ from llmopt.runtime.executors.onnxruntime import (
     model_file,
 )
 from llmopt.runtime.executors.onnxruntime_session import runs_here
-from llmopt.target import BuildContext, LoadOptions, TargetFiles, WeightReader, WeightStore
+from llmopt.target import BuildContext, LoadOptions, TargetFiles, WeightReader
 from targets.onnxruntime import rules  # noqa: F401
 from targets.onnxruntime.emitter import Emitter
 from targets.onnxruntime.readers import materialize
@@ -61,24 +61,18 @@ def executor(
     form_for: str | None = None,
     **options: Any,
 ) -> OnnxruntimeExecutor:
-    """Build and load; ``form_for``: the device whose form is taken, if not the one it runs on."""
+    """Build and load, with llmopt's kernels where the build has some for the device; ``form_for``: the device whose
+    form of the model is taken, if not the one it runs on."""
     files = build(program, weights, **options)
     store = MemoryStore({name: materialize(reader) for name, reader in files.weights.items()})
-    return loaded(program, files, store, load, form_for)
-
-
-def loaded(
-    program: Program, files: TargetFiles, store: WeightStore, load: LoadOptions, form_for: str | None = None
-) -> OnnxruntimeExecutor:
-    """The executor of files in memory, with llmopt's kernels where the build has some for the device."""
     device, library = form_for or load.device, None
     with TemporaryDirectory() as folder:
         if device == "cpu" and NATIVE_LIBRARY_FILE in files.files:
             library = Path(folder) / NATIVE_LIBRARY_FILE
             library.write_bytes(files.files[NATIVE_LIBRARY_FILE])
             assert runs_here(library), "this machine cannot run the kernels"
-        name = model_file(files.files.__contains__, device, library)
-        return OnnxruntimeExecutor(program, files.files[name], files.files[COPY_FILE], store, load, library)
+        model = files.files[model_file(files.files.__contains__, device, library)]
+        return OnnxruntimeExecutor(program, model, files.files[COPY_FILE], store, load, library)
 
 
 def trace(function: Callable[..., Any], *example: torch.Tensor) -> Program:
