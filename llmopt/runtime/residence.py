@@ -42,8 +42,12 @@ class Residence:
         return self._has({g.name: g.blocks_for(sequence.known) for g in self.allocator.groups}, running)
 
     def move_out(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks, all its tokens being known: to host memory, if that pays."""
-        if self.swap.pays(sequence.computed):
+        """Take a running sequence's blocks, all its tokens being known: to host memory, if that pays.
+
+        A state whose last token is one too many for its rotary table is of no use to anybody who comes back.
+        """
+        outgrown = self._long(sequence.rope_len) != self._long(sequence.known)
+        if not outgrown and self.swap.pays(sequence.computed):
             sequence.swapped = self.swap.size(sequence.computed)
             self.swap.hold(sequence.swapped)
             for name, blocks in self.allocator.table(sequence.seq_id, sequence.computed).items():
@@ -119,5 +123,8 @@ class Residence:
 
     def _salt(self, sequence: Sequence) -> Hashable:
         """What equal tokens must have in common for equal states: the caller's salt and the rotary table."""
-        switch = self.limits.rope_switch
-        return sequence.salt, switch is not None and sequence.known > switch
+        return sequence.salt, self._long(sequence.known)
+
+    def _long(self, tokens: int) -> bool:
+        """Whether so many tokens ask for the rotary table of long sequences."""
+        return self.limits.rope_switch is not None and tokens > self.limits.rope_switch

@@ -41,6 +41,24 @@ def test_swapped_sequences_say_the_same(kinds, depth):
     assert_clean(core)
 
 
+@pytest.mark.parametrize("switch", [9, 12, 20])
+@pytest.mark.parametrize("drawn", range(13))
+def test_a_state_of_the_other_rotary_table_is_not_swapped(switch, drawn):
+    """A better request comes when the first one's known tokens, not yet its states, are too many for its table."""
+    plan = plan_of("slots")
+    core = make(plan, [1], switch=switch, options=swapping())
+    results = {}
+    first = core.add(PROMPTS[0], greedy(20, priority=1))
+    while len(results.get(first, [])) < drawn:
+        step(core, results, {})
+    second = core.add(PROMPTS[1], greedy(20))
+    drain(core, results, {}, assert_sound)
+    stats, known = core.scheduler.stats(), len(PROMPTS[0]) + drawn
+    assert (stats.swaps, stats.recomputes) == ((0, 0) if not drawn else (0, 1) if known == switch + 1 else (1, 0))
+    assert [results[first], results[second]] == [oracle(p, 20, plan, VOCAB, switch) for p in PROMPTS[:2]]
+    assert_clean(core)
+
+
 def test_an_executor_that_loses_swapped_states_is_noticed():
     class Loses(FakeExecutor):
         def _apply(self, op):
