@@ -104,7 +104,7 @@ class PrefixCache:
             for snapshot in nodes[depth - 1].snapshots:
                 tail = snapshot.path[depth] if len(snapshot.path) > depth else None
                 length = min(start + common(snapshot.tokens[start:], tokens[start:]), snapshot.length)
-                if self.paged and (tail is None or not self.partial or tail.owner is not None):
+                if self.paged and (tail is None or not self.partial or not tail.usable):
                     length = min(length, start)
                 if length > best.tokens and (length == snapshot.length or self.shortens) and length >= start:
                     used = tail if self.paged and length > start else None

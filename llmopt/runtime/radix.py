@@ -36,6 +36,11 @@ class Node:
         return len(self.key) // TOKEN_BYTES
 
     @property
+    def usable(self) -> bool:
+        """Whether its blocks hold its states: they are there, and nobody else was given the blocks since."""
+        return self.owner is None and self.parent is not None
+
+    @property
     def settled(self) -> bool:
         """Whether waiting for it makes no sense any more: its states are there, or it left the tree."""
         return self.owner is None or self.parent is None

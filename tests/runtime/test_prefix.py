@@ -185,6 +185,25 @@ def test_the_block_of_a_shared_last_chunk_is_counted_once():
     assert_clean(core)
 
 
+def test_a_block_given_to_somebody_else_is_not_copied():
+    """Of two equal prompts that end within a block, the first ends; another prompt is given its last block, then the
+    same prompt comes again while the second one still runs: it may share whole chunks only."""
+    plan = plan_of("paged", "slots")
+    core = make(plan, [14, 4])
+    results, finished = {}, {}
+    first, second = core.add([1] * 6, greedy(2)), core.add([1] * 6, greedy(20))
+    while first not in finished:
+        step(core, results, finished)
+    other = core.add([2] * 44, greedy(1))
+    while other not in finished:
+        step(core, results, finished)
+    assert second not in finished
+    again = core.add([1] * 6, greedy(2))
+    drain(core, results, finished, assert_sound)
+    assert results[again] == results[first] == oracle([1] * 6, 2, plan, VOCAB)
+    assert_clean(core)
+
+
 # --- the layout's bits -------------------------------------------------------------------------------------------
 
 
