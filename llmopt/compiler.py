@@ -22,7 +22,7 @@ from llmopt.golden import record_golden
 from llmopt.ir.check import PassChecker
 from llmopt.ir.module import Module
 from llmopt.ir.pass_manager import PassContext, PassManager, PassRecord, split_at_fork
-from llmopt.ir.samples import Calibration
+from llmopt.ir.samples import CPU, Calibration
 from llmopt.lower.fork import fork
 from llmopt.lower.lowering import lower
 from llmopt.lower.memory import type_bytes
@@ -46,7 +46,8 @@ class CompileOptions:
 
     ``dump_ir``: folder for the IR's text after each pass. ``check_passes``: replay golden inputs around each pass.
     ``weights``: inside the artifact, in a directory, or drawn from a seed at load. ``calibration``: instead of the
-    recipe's. ``sensitivity``: measure what each quantized layer costs alone.
+    recipe's. ``sensitivity``: measure what each quantized layer costs alone. ``device``: where torch calibrates and
+    proves; the rest needs no GPU.
     """
 
     max_context: int | None = None
@@ -55,6 +56,7 @@ class CompileOptions:
     weights: WeightsPlan = field(default_factory=WeightsPlan)
     calibration: CalibrationOptions | None = None
     sensitivity: bool = False
+    device: torch.device = CPU
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
@@ -106,9 +108,11 @@ def compile_checkpoint(
         destination.with_name(destination.name + ".calibration"),
         captured.module.config.max_context,
         options.progress,
+        options.device,
     )
     if samples is not None:
-        calibration = Calibration(samples.windows.calibration, samples.folder, samples.key, options.progress)
+        windows = samples.windows.calibration
+        calibration = Calibration(windows, samples.folder, samples.key, options.progress, options.device)
         context = replace(context, calibration=calibration)
         watch.lap("samples")
     checker = PassChecker() if options.check_passes else None
@@ -162,9 +166,9 @@ def compile_checkpoint(
 def prove_build(checkpoint: Checkpoint, module: Module, held_out: Tensor, options: CompileOptions) -> dict[str, Any]:
     """The proof's figures, to six digits: the passes' module beside the checkpoint in fp32."""
     baseline = capture(checkpoint, torch.float32, options.max_context, ("*",)).module
-    result = prove(baseline, module, held_out, options.progress)
+    result = prove(baseline, module, held_out, options.progress, options.device)
     if options.sensitivity:
-        alone = sensitivity(module, held_out[:SENSITIVITY_WINDOWS], options.progress)
+        alone = sensitivity(module, held_out[:SENSITIVITY_WINDOWS], options.progress, options.device)
         for layer in result["layers"]:
             layer["kl"] = alone[layer["name"]]
     figures: dict[str, Any] = rounded(result)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -36,23 +37,25 @@ def draw_samples(
     folder: Path,
     max_context: int,
     progress: Callable[[str, int, int], None],
+    device: torch.device,
 ) -> Samples | None:
     """The windows when a text is given or a pass calibrates, else None. What an equal build left in ``folder`` is kept.
 
+    ``device``: where the model writes, and whose arithmetic what is calibrated on them depends on.
     Raises ConfigError without a tokenizer, RequestError for a text that is too short, ResourceError for a model too
     large to write its own.
     """
     if options.text is None and not any(pass_.needs_calibration for pass_ in recipe.passes):
         return None
     text = Path(options.text) if options.text is not None else None
-    state = f"{llmopt.__version__} {checkpoint.digest} {recipe.text} {options} {max_context}"
+    state = f"{llmopt.__version__} {checkpoint.digest} {recipe.text} {options} {max_context} {device.type}"
     state += file_state(text) if text is not None else ""
     key = hashlib.sha256(state.encode()).hexdigest()
     length = min(options.window, max_context)
 
     def draw() -> dict[str, Tensor]:
         if text is None:
-            found = write_windows(checkpoint, options.tokens, length, options.seed, progress)
+            found = write_windows(checkpoint, options.tokens, length, options.seed, progress, device)
         else:
             found = read_windows(text, tokenizer_of(checkpoint), options.tokens, length, options.seed)
         return {"calibration": found.calibration, "held_out": found.held_out}

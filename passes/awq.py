@@ -98,15 +98,15 @@ class Awq(Pass):
 
         def scale() -> dict[str, Tensor]:
             assert folding is not None
-            weights = [argument(module, site.node, 1).tensor().float() for site in group.sites]
-            share = sum((share_of_largest(w, s) * len(w) for w, s in zip(weights, schemes)), torch.zeros(()))
+            weights = [group.values_of(argument(module, site.node, 1)) for site in group.sites]
+            share = torch.stack([share_of_largest(w, s) * len(w) for w, s in zip(weights, schemes)]).sum(0)
             tried = candidates(statistics.magnitude, share / sum(map(len, weights)), folding.tie)
             pairs = list(zip(weights, schemes))
             errors = [sum(output_error(statistics.gram, w, s, t) for w, s in pairs) for t in tried]
             return {"scale": tried[errors.index(min(errors))]}
 
         def limits(node: fx.Node, scheme: Scheme) -> dict[str, Tensor]:
-            return {"limits": best_limits(statistics.gram, argument(module, node, 1).tensor().float(), scheme)}
+            return {"limits": best_limits(statistics.gram, group.values_of(argument(module, node, 1)), scheme)}
 
         if folding is not None:
             found = group.saved("scale", scale).tensors()["scale"]
@@ -135,7 +135,7 @@ class Awq(Pass):
         experts, (first, second) = Experts(module, group), (argument(module, node, slot) for slot in (GATE_UP, DOWN))
 
         def compute(e: int) -> dict[str, Tensor]:
-            found, gate_up, down = {}, matrix(first, e), matrix(second, e)
+            found, gate_up, down = {}, group.expert(first, e), group.expert(second, e)
             if self.clip:
                 found["limits0"] = best_limits(experts.inputs(e)[0].gram, gate_up, schemes[0])
                 gate_up = Clipped.of(gate_up, found["limits0"])
@@ -169,11 +169,11 @@ def fold(module: Module, function: fx.GraphModule, group: Group, folding: Foldin
 def shared_scale(module: Module, group: Group, scheme: Scheme, folding: Folding) -> Tensor:
     """The scale (C,) of the input of experts with the least error over all of them, each on its own rows."""
     experts, weight = Experts(module, group), argument(module, group.sites[0].node, GATE_UP)
-    shares = [share_of_largest(matrix(weight, e), scheme) for e in range(experts.count)]
+    shares = [share_of_largest(group.expert(weight, e), scheme) for e in range(experts.count)]
     tried = candidates(experts.everyone.magnitude, torch.stack(shares).mean(0), folding.tie)
     errors = torch.zeros(len(tried), dtype=torch.float64)
     for e in range(experts.count):
-        gram, values = experts.inputs(e)[0].gram, matrix(weight, e)
+        gram, values = experts.inputs(e)[0].gram, group.expert(weight, e)
         errors += torch.tensor([output_error(gram, values, scheme, t) for t in tried], dtype=torch.float64)
     return tried[int(errors.argmin())]
 
@@ -192,11 +192,6 @@ def argument(module: Module, node: fx.Node, slot: int) -> Weight:
     name = node.args[slot]
     assert isinstance(name, fx.Node)
     return module.weights[str(name.target)]
-
-
-def matrix(weight: Weight, expert: int) -> Tensor:
-    """An expert's matrix (N, K), fp32."""
-    return weight.read(expert, expert + 1)[0].float()
 
 
 def stacked(done: Sequence[SavedSet], name: str) -> Stack:

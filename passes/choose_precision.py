@@ -124,11 +124,11 @@ class ChoosePrecision(Pass):
 
         def measure(names: tuple[str, ...], option: tuple[int, int]) -> dict[str, Tensor]:
             if not exact:
-                exact.extend(logits(module, window) for window in tokens)
+                exact.extend(logits(module, window, calibration.device) for window in tokens)
             kept = {name: module.weights[name] for name in names}
             for name, weight in kept.items():
                 module.weights[name] = Constant(self._rounded(weight, *option).dequantize().to(weight.dtype))
-            losses = [kl(a, logits(module, window)) for a, window in zip(exact, tokens)]
+            losses = [kl(a, logits(module, window, calibration.device)) for a, window in zip(exact, tokens)]
             module.weights |= kept
             return {"kl": torch.tensor(losses)}
 
@@ -207,10 +207,10 @@ def amount(value: float, unit: str) -> str:
     return f"{value / 1e6:.2f} MB" if unit == "bytes" else f"{value:.4g} ms"
 
 
-def logits(module: Module, tokens: Tensor) -> Tensor:
+def logits(module: Module, tokens: Tensor, device: torch.device) -> Tensor:
     """Log-probabilities (T, V) of one window."""
     (name,) = module.functions
-    return run_sequence(module, name, tokens.tolist()).double().log_softmax(-1)
+    return run_sequence(module, name, tokens.tolist(), device=device).double().log_softmax(-1)
 
 
 def kl(reference: Tensor, found: Tensor) -> float:

@@ -117,7 +117,7 @@ class Gptq(Pass):
         statistics = Statistics(group)
 
         def compute(name: str) -> dict[str, Tensor]:
-            values = finite(module.weights[name].tensor().float(), layer_name(module, name))
+            values = finite(group.values_of(module.weights[name]), layer_name(module, name))
             return self._solve(values, statistics.gram, schemes[name])
 
         for name in dict.fromkeys(site.weights[0] for site in group.sites):
@@ -137,7 +137,7 @@ class Gptq(Pass):
 
         def compute(e: int) -> dict[str, Tensor]:
             place = f"{group.layer}, expert {e}"
-            first, second = (finite(module.weights[n].read(e, e + 1)[0].float(), place) for n in names)
+            first, second = (finite(group.expert(module.weights[n], e), place) for n in names)
             moments, rows = experts.inputs(e)
             gate_up = self._solve(first, moments.gram, schemes_of[0])
             hidden = experts.hidden(e, values_of(gate_up, schemes_of[0]))
@@ -180,40 +180,44 @@ def solve(
 ) -> dict[str, Tensor]:
     """Codes (N, K) uint8, scales and zeros (N, groups), and with permuted groups g_idx (K,), of a weight (N, K) fp32.
 
-    ``hessian`` (K, K): the Gram matrix of the inputs, up to a factor. A column that was never active keeps its
-    rounding and passes no error on. Raises PassError when the Hessian cannot be factored.
+    ``hessian`` (K, K): the Gram matrix of the inputs, up to a factor, on the weight's device. A column that was never
+    active keeps its rounding and passes no error on. Raises PassError when the Hessian cannot be factored.
     """
     rows, columns = weight.shape
-    group = scheme.block_k
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    upper = inverse_factor(hessian[order][:, order], damp)
-    left = weight[:, order].clone()
+    group, device = scheme.block_k, weight.device
     groups = columns // group
-    scales, zeros = torch.empty(rows, groups), torch.empty(rows, groups)
+    in_order = torch.arange(columns, device=device)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else in_order
+    upper = inverse_factor(hessian[order][:, order], damp)
     fixed = static_groups or groups == 1
+    index = order // group if fixed else in_order // group
+    # Column by column, so columns lie in rows here: what one step reads and writes is contiguous.
+    left = weight.T[order]
+    scales, zeros = torch.empty(2, groups, rows, device=device)
     if fixed:
-        scales, zeros = block_range(weight.reshape(rows, 1, groups, group), scheme)
-    index = order // group if fixed else torch.arange(columns) // group
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
+        scales, zeros = (part.T.contiguous() for part in block_range(weight.reshape(rows, 1, groups, group), scheme))
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=device)
     step = BLOCK if fixed else group
     for start in range(0, columns, step):
         stop = min(start + step, columns)
+        block, factor = left[start:stop], upper[start:stop, start:stop]
         if not fixed:
-            found = block_range(left[:, start:stop].reshape(rows, 1, 1, group), scheme)
-            scales[:, index[start]], zeros[:, index[start]] = (part[:, 0] for part in found)
-        errors = torch.empty(rows, stop - start)
-        for column in range(start, stop):
-            scale, zero = scales[:, index[column]], zeros[:, index[column]]
-            code = round_codes(left[:, column], scale, zero, scheme)
-            error = (left[:, column] - (code.float() - zero) * scale) / upper[column, column]
-            left[:, column:stop].addr_(error, upper[column, column:stop], alpha=-1)
-            codes[:, order[column]], errors[:, column - start] = code, error
-        left[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
-    parts = {"codes": codes, "scales": scales.to(scheme.scale_dtype)}
+            found = block_range(block.T.reshape(rows, 1, 1, group), scheme)
+            scales[start // group], zeros[start // group] = (part[:, 0] for part in found)
+        errors = torch.empty_like(block)
+        for i, g in enumerate(index[start:stop].cpu().tolist()):
+            code = round_codes(block[i], scales[g], zeros[g], scheme)
+            errors[i] = (block[i] - (code.float() - zeros[g]) * scales[g]) / factor[i, i]
+            block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+            codes[start + i] = code
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    in_columns = torch.empty_like(codes)
+    in_columns[order] = codes
+    parts = {"codes": in_columns.T, "scales": scales.T.to(scheme.scale_dtype)}
     if not scheme.symmetric:
-        parts["zeros"] = zeros.to(torch.uint8)
+        parts["zeros"] = zeros.T.to(torch.uint8)
     if scheme.permuted:
-        parts["g_idx"] = torch.empty(columns, dtype=torch.int32)
+        parts["g_idx"] = torch.empty(columns, dtype=torch.int32, device=device)
         parts["g_idx"][order] = index.int()
     return parts
 

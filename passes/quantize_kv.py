@@ -96,7 +96,7 @@ class QuantizeKv(Pass):
                 if not bool(rows.isfinite().all()):
                     what = f"the {kind} hold NaN or infinity"
                     raise PassError(what, where=f"calibration, layer {name}")
-                largest = torch.maximum(largest, rows[0].float().abs().amax((1, 2)))
+                largest = torch.maximum(largest, rows[0].float().abs().amax((1, 2)).cpu())
             scale = largest * (HEADROOM[self.format] / LIMITS[self.format])
             found[kind] = torch.where(scale > 0, scale, 1.0)
         return found

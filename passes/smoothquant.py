@@ -71,7 +71,7 @@ class SmoothQuant(Pass):
         weights = [module.weights[site.weights[0]] for site in group.sites]
         columns = [chunk.float().abs().flatten(0, -2).amax(0) for w in weights for chunk in w.chunks(CHUNK)]
         largest = torch.stack(columns).amax(0).clamp(min=1e-5)
-        scale = Statistics(group).largest.clamp(min=1e-5).pow(self.alpha) / largest.pow(1 - self.alpha)
+        scale = Statistics(group).largest.cpu().clamp(min=1e-5).pow(self.alpha) / largest.pow(1 - self.alpha)
         return {"scale": folding.tie(scale)}
 
 

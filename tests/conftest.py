@@ -49,8 +49,9 @@ REPRESENTATIVES = {"llama"}
 
 # Whole files that compile models or start servers: together most of the suite's time. make test runs them.
 HEAVY_FILES = {
-    "test_bad_input.py", "test_cli_reports.py", "test_cuda_plan.py", "test_make_checkpoint.py", "test_plan.py",
-    "test_processes.py", "test_ragged.py", "test_run.py", "test_serve.py", "test_session.py",
+    "test_bad_input.py", "test_calibration_device.py", "test_cli_reports.py", "test_cuda_plan.py",
+    "test_make_checkpoint.py", "test_plan.py", "test_processes.py", "test_ragged.py", "test_run.py", "test_serve.py",
+    "test_session.py",
 }  # fmt: skip
 
 # Measured at over two seconds each, or many of a kind, in files that are light otherwise.

@@ -66,7 +66,7 @@ class Experts:
     def hidden(self, expert: int, gate_up: Tensor) -> Moments:
         """Moments that its second matrix is fitted to when the first is ``gate_up`` (2I, C) fp32."""
         bias = self.biases[0]
-        added = None if bias is None else bias.read(expert, expert + 1)[0].float()
+        added = None if bias is None else self.group.expert(bias, expert)
         where = f"{self.group.layer}, expert {expert}"
 
         def through(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -98,7 +98,7 @@ def joined(own: Moments, everyone: Moments) -> Moments:
     """An expert's moments with a row a column of all tokens', or those of unrelated channels: see Experts."""
     columns = len(own.gram)
     if everyone.rows < LEAST * columns:
-        return replace(everyone, gram=torch.eye(columns))
+        return replace(everyone, gram=torch.eye(columns, device=own.gram.device))
     return own.plus(everyone, columns)
 
 

@@ -38,9 +38,10 @@ class Moments:
 
 
 def measure(pieces: Iterable[Tensor], width: int) -> Moments:
-    """Moments of inputs that come in pieces (T, K) of ``width`` K, fp32."""
+    """Moments of inputs that come in pieces (T, K) of ``width`` K, fp32, on the device of the pieces."""
     gram, sums, largest, rows = torch.zeros(width, width), torch.zeros(width), torch.zeros(width), 0
     for x in pieces:
+        gram, sums, largest = gram.to(x.device), sums.to(x.device), largest.to(x.device)
         if not len(x):
             continue
         magnitude = x.abs()

@@ -17,6 +17,7 @@ from llmopt.ir.pass_manager import Pass, PassContext
 from llmopt.ir.samples import Calibration
 from llmopt.ir.sites import Site, by_input, layer_name
 from llmopt.ir.text import print_function
+from llmopt.ir.weights import Weight
 
 
 def require_calibration(pass_: Pass, module: Module, ctx: PassContext) -> None:
@@ -30,7 +31,10 @@ def require_calibration(pass_: Pass, module: Module, ctx: PassContext) -> None:
 
 @dataclass
 class Group:
-    """Linears that read one input, or one call of experts, with the walk standing before the first of them."""
+    """Linears that read one input, or one call of experts, with the walk standing before the first of them.
+
+    What it computes is on the walk's device, what it saves on none.
+    """
 
     index: int
     sites: list[Site]
@@ -46,6 +50,14 @@ class Group:
         """The input's rows (T, K), fp32, window by window. Raises PassError naming the layer for NaN and infinity."""
         for value in self.walk.values(self.input):
             yield require_finite(value.reshape(-1, value.shape[-1]).float(), self.layer)
+
+    def values_of(self, weight: Weight) -> Tensor:
+        """A weight, fp32."""
+        return weight.tensor().to(self.walk.device).float()
+
+    def expert(self, weight: Weight, index: int) -> Tensor:
+        """An expert's matrix (N, K) or bias (N,) of a stack, fp32."""
+        return weight.read(index, index + 1)[0].to(self.walk.device).float()
 
     def saved(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> SavedSet:
         """A named result of this group, computed unless an earlier run left it."""
@@ -108,7 +120,7 @@ class Statistics:
     def divide(self, scale: Tensor) -> None:
         """Follow a rescaling of the group's input by 1 / ``scale`` (K,)."""
         if self._found is not None:
-            self._found = self._found.divided(scale)
+            self._found = self._found.divided(scale.to(self._found.gram.device))
 
 
 def require_finite(rows: Tensor, layer: str) -> Tensor:

@@ -37,7 +37,7 @@ class Walk:
     ) -> None:
         """``stops`` there will be, and ``what`` they are for, on the progress bar."""
         self.module, self.graph, self.spool = module, function.graph, spool
-        self.windows, self.progress = calibration.windows, calibration.progress
+        self.windows, self.progress, self.device = calibration.windows, calibration.progress, calibration.device
         self.stops, self.what = stops, what
         found = sorted(spool.folder.glob("boundary-[0-9]*"), key=number)
         self.boundary = number(found[-1]) if found else -1
@@ -63,19 +63,19 @@ class Walk:
         """A node's value of each window; the node must be needed by the stop or a later one."""
         for index in range(len(self.windows)):
             with safe_open(self._file(self.boundary, index), framework="pt") as opened:
-                value: Tensor = opened.get_tensor(node.name)
+                value: Tensor = opened.get_tensor(node.name).to(self.device)
             yield (value * self.factors[node]).to(value.dtype) if node in self.factors else value
 
     def rescale(self, node: fx.Node, factor: Tensor) -> None:
         """Multiply a value, if the stop needs it, because what made it was rewritten to give so much more."""
         if self.current:
-            self.factors[node] = factor
+            self.factors[node] = factor.to(self.device)
 
     def _run(self, stop: fx.Node) -> None:
         piece = self._piece(stop)
         kept = self._needed(stop)
         weights = {
-            source: self.module.weights[str(source.target)].tensor()
+            source: self.module.weights[str(source.target)].tensor().to(self.device)
             for source in {s: None for node in piece for s in node.all_input_nodes if s.op == "get_attr"}
         }
         folder = self._folder(self.visited)
@@ -96,8 +96,8 @@ class Walk:
 
     @torch.no_grad()
     def _window(self, index: int, piece: list[fx.Node], weights: dict[fx.Node, Tensor]) -> dict[fx.Node, Any]:
-        tokens = self.windows[index : index + 1]
-        given = {"input_ids": tokens, "position_ids": torch.arange(tokens.shape[1])[None]}
+        tokens = self.windows[index : index + 1].to(self.device)
+        given = {"input_ids": tokens, "position_ids": torch.arange(tokens.shape[1], device=self.device)[None]}
         run = Run(self.module, given, None)
         for node in self.graph.find_nodes(op="placeholder"):
             if node.name not in given:
@@ -116,7 +116,9 @@ class Walk:
         tensors: dict[fx.Node, dict[str, Tensor]] = {}
         with safe_open(self._file(self.boundary, index), framework="pt") as opened:
             for name in list(opened.keys()):
-                tensors.setdefault(by_name[name.split("|")[0]], {})[name] = opened.get_tensor(name)
+                found = opened.get_tensor(name)
+                on_device = found if name.endswith("|int") else found.to(self.device)
+                tensors.setdefault(by_name[name.split("|")[0]], {})[name] = on_device
         values = {node: restore(node, found) for node, found in tensors.items()}
         for node in values.keys() & self.factors.keys():
             values[node] = (values[node] * self.factors[node]).to(values[node].dtype)

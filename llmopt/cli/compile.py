@@ -10,6 +10,8 @@ import click
 from llmopt.cli.output import accuracy_lines, emit_json, emit_pairs, emit_table, human_bytes, progress_bar
 
 if TYPE_CHECKING:
+    import torch
+
     from llmopt.artifact import WeightsPlan
     from llmopt.compiler import Compiled
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration-tokens", type=click.IntRange(2), help="Tokens to calibrate on; default: the recipe's, or 32768."
 )
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where torch calibrates and proves: cpu, cuda, cuda:1."
+)
 @click.option("--sensitivity", is_flag=True, help="Measure what each quantized layer costs alone (slow).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report and the build log as JSON.")
 def compile_command(
@@ -41,6 +46,7 @@ def compile_command(
     check_passes: bool,
     calibration: Path | None,
     calibration_tokens: int | None,
+    device: str,
     sensitivity: bool,
     as_json: bool,
 ) -> None:
@@ -57,7 +63,8 @@ def compile_command(
         loaded = load_recipe(recipe)
         given = {"text": calibration and str(calibration), "tokens": calibration_tokens}
         samples = loaded.calibration.model_copy(update={k: v for k, v in given.items() if v is not None})
-        options = CompileOptions(max_context, dump_ir, check_passes, plan, samples, sensitivity, progress)
+        place = torch_device(device)
+        options = CompileOptions(max_context, dump_ir, check_passes, plan, samples, sensitivity, place, progress)
         compiled = compile_checkpoint(checkpoint, loaded, output, options)
     if as_json:
         emit_json({"artifact": str(output), "report": compiled.report, "log": compiled.log})
@@ -78,6 +85,26 @@ def weights_plan(option: str) -> WeightsPlan:
             raise ConfigError(f"the seed {seed!r} is not a number", where="--weights", hint="write random:0")
         return WeightsPlan("random", seed=int(seed))
     return WeightsPlan("external", Path(option))
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of that name. Raises ConfigError when it is none of torch's, ResourceError when it is not there."""
+    import torch
+
+    from llmopt.errors import ConfigError, ResourceError
+
+    where = f"--device {name}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("no such device", where=where, hint="cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"nothing is calibrated on {device.type}", where=where, hint="cpu, cuda or cuda:1")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        what = f"torch {torch.__version__} sees {count} CUDA devices"
+        raise ResourceError(what, where=where, hint="a CUDA build of torch and a GPU, or leave it out")
+    return device
 
 
 def require_compile_extra() -> None:

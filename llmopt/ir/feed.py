@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmopt.ir.interpret import Observer, run_module
 from llmopt.ir.module import Module
+from llmopt.ir.samples import CPU
 from llmopt.program import StateGroup
 
 
@@ -18,14 +19,15 @@ def run_sequence(
     tokens: Sequence[int],
     chunks: Sequence[int] | None = None,
     observe: Observer | None = None,
+    device: torch.device = CPU,
 ) -> Tensor:
-    """Logits (len(tokens), V) of one sequence, computed in steps of ``chunks`` rows (default: one step).
+    """Logits (len(tokens), V) of one sequence, computed on ``device`` in steps of ``chunks`` rows (default: one step).
 
     States start as NaN (int8 ones as -128, which no row is written as) and live in blocks handed out in reverse
     order, so that reading an unwritten slot or ignoring the block table shows. A module without states can only take
     one step.
     """
-    feed = Feed(module, function, len(tokens))
+    feed = Feed(module, function, len(tokens), device)
     position, logits = 0, []
     for length in chunks or (len(tokens),):
         step = torch.tensor([tokens[position : position + length]])
@@ -43,8 +45,8 @@ def limit_chunk(module: Module, length: int) -> int:
 class Feed:
     """The inputs of one sequence and its states between steps."""
 
-    def __init__(self, module: Module, function: str, length: int) -> None:
-        self.module, self.function, self.length = module, function, length
+    def __init__(self, module: Module, function: str, length: int, device: torch.device) -> None:
+        self.module, self.function, self.length, self.device = module, function, length, device
         self.inputs = {n.name: n for n in module.functions[function].graph.nodes if n.op == "placeholder"}
         self.blocks = {g.name: torch.arange(g.blocks_for(length)).flip(0) for g in module.states}
         self.states = {spec.input: self._empty(g, spec.input) for g in module.states for spec in g.states}
@@ -71,7 +73,7 @@ class Feed:
         for group in self.module.states:
             values[f"block_table_{group.name}"] = self.blocks[group.name][None].int()
             values[f"slot_mapping_{group.name}"] = slots(group, self.blocks[group.name], positions)
-        given = {name: values[name] for name in self.inputs if name in values}
+        given = {name: values[name].to(self.device) for name in self.inputs if name in values}
         outputs = run_module(self.module, self.function, given, observe)
         self.states = {name: outputs[index] for name, index in self.module.state_outputs.items()}
         return outputs[0][0]

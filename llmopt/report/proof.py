@@ -14,6 +14,7 @@ from llmopt.ir.feed import limit_chunk, run_sequence
 from llmopt.ir.module import Module
 from llmopt.ir.ops.moe import moe_experts
 from llmopt.ir.rewrite import arguments
+from llmopt.ir.samples import CPU
 from llmopt.ir.sites import CODES, EMBEDDING_Q, LINEAR_Q, quantized_names, restored, unrounded
 from llmopt.report.accuracy import kl_divergence
 from llmopt.report.evaluate import Scores, summarize
@@ -21,42 +22,51 @@ from llmopt.report.evaluate import Scores, summarize
 Progress = Callable[[str, int, int], None]
 
 
-def prove(baseline: Module, built: Module, held_out: Tensor, progress: Progress) -> dict[str, Any]:
-    """Scores of ``built`` beside ``baseline`` on windows (m, length + 1), and each quantized call's output error."""
+def prove(
+    baseline: Module, built: Module, held_out: Tensor, progress: Progress, device: torch.device = CPU
+) -> dict[str, Any]:
+    """Scores of ``built`` beside ``baseline`` on windows (m, length + 1), and each quantized call's output error, both
+    computed on ``device``."""
     scores, errors = Scores(), OutputErrors(built)
     for index, window in enumerate(held_out):
         ids = window.numpy()
         errors.reset()
-        found = logits(built, window[:-1], errors.observe)
-        scores.add(ids, [(found.numpy(), logits(baseline, window[:-1]).numpy())])
+        found = logits(built, window[:-1], errors.observe, device)
+        scores.add(ids, [(found.numpy(), logits(baseline, window[:-1], device=device).numpy())])
         progress("proof", index + 1, len(held_out))
     result = summarize(scores)
     return result | {"window": held_out.shape[1] - 1, "layers": errors.layers()}
 
 
-def sensitivity(built: Module, held_out: Tensor, progress: Progress) -> dict[str, float]:
+def sensitivity(built: Module, held_out: Tensor, progress: Progress, device: torch.device = CPU) -> dict[str, float]:
     """Mean KL, by the name of a quantized weight (of experts: the first), of a model in which it alone is quantized.
 
     The others, and the reference it is compared with, are as the quantizer found them. One run of the model a weight
     and window.
     """
     names = list(dict.fromkeys(name for name, _ in quantized_calls(built)))
-    exact = [logits(restored(built, keep=()), window[:-1]).numpy() for window in held_out]
+    exact = [logits(restored(built, keep=()), window[:-1], device=device).numpy() for window in held_out]
     found = {}
     for index, name in enumerate(names):
         alone = restored(built, keep=(name,))
-        rows = [kl_divergence(e, logits(alone, window[:-1]).numpy()) for e, window in zip(exact, held_out)]
+        made = (logits(alone, window[:-1], device=device).numpy() for window in held_out)
+        rows = [kl_divergence(*pair) for pair in zip(exact, made)]
         found[name] = float(np.concatenate(rows).mean())
         progress("sensitivity", index + 1, len(names))
     return found
 
 
-def logits(module: Module, tokens: Tensor, observe: Callable[[fx.Node, Any], None] | None = None) -> Tensor:
-    """fp32 logits (T, V) of one sequence by the function that runs prefill."""
+def logits(
+    module: Module,
+    tokens: Tensor,
+    observe: Callable[[fx.Node, Any], None] | None = None,
+    device: torch.device = CPU,
+) -> Tensor:
+    """fp32 logits (T, V) of one sequence by the function that runs prefill, on the CPU wherever they were computed."""
     name = "step" if "step" in module.functions else "extend"
     chunk = limit_chunk(module, len(tokens))
     chunks = [min(chunk, len(tokens) - start) for start in range(0, len(tokens), chunk)]
-    return run_sequence(module, name, tokens.tolist(), chunks, observe).float()
+    return run_sequence(module, name, tokens.tolist(), chunks, observe, device).float().cpu()
 
 
 def quantized_calls(module: Module) -> Iterable[tuple[str, fx.Node]]:
@@ -90,7 +100,8 @@ class OutputErrors:
         if (name := self.names.get(node)) is None:
             return
         if node.target == EMBEDDING_Q:
-            made, exact = value, F.embedding(self.inputs[arguments(node)[3]], self.module.originals[name].tensor())
+            ids = self.inputs[arguments(node)[3]]
+            made, exact = value, F.embedding(ids, self.module.originals[name].tensor().to(ids.device))
         else:
             made, exact = self._linear(node, value) if node.target == LINEAR_Q else (value, self._experts(node))
         self.sums[name][0] += float((made - exact).double().pow(2).sum())
@@ -99,15 +110,18 @@ class OutputErrors:
     def _linear(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
         """A linear's result and that of its original weight, both without the bias."""
         given, (name,) = arguments(node), quantized_names(node)
-        exact = F.linear(self.inputs[unrounded(given[0])], self.module.originals[name].tensor())
-        return value if given[4] is None else value - self.module.weights[str(given[4].target)].tensor(), exact
+        exact = F.linear(self.inputs[unrounded(given[0])], self.module.originals[name].tensor().to(value.device))
+        if given[4] is None:
+            return value, exact
+        return value - self.module.weights[str(given[4].target)].tensor().to(value.device), exact
 
     def _experts(self, node: fx.Node) -> Tensor:
         """The result of the experts' original weights."""
         given = arguments(node)
         routed = self.inputs[unrounded(given[0])], self.inputs[given[1]], self.inputs[given[2]]
-        weights = [self.module.originals[name].tensor() for name in quantized_names(node)]
-        biases = [None if b is None else self.module.weights[str(b.target)].tensor() for b in given[9:11]]
+        device = routed[0].device
+        weights = [self.module.originals[name].tensor().to(device) for name in quantized_names(node)]
+        biases = [None if b is None else self.module.weights[str(b.target)].tensor().to(device) for b in given[9:11]]
         result: Tensor = moe_experts(*routed, *weights, *biases, given[11])
         return result
 

@@ -31,7 +31,7 @@ class ReferenceExecutor:
         self.function = program.functions[program.entry_points["extend"]]
         self.state_plan = program.states
         self.weights = {name: w.to(self.device) for name, w in weights.items()}
-        self.interpreter = Interpreter(self.function, self.weights)
+        self.interpreter = Interpreter(self.function, self.weights, self.device)
         context = min(options.max_context or program.max_context, program.max_context)
         blocks = {g.name: g.blocks_for(context) * options.max_sequences for g in program.states.groups}
         self.states = {

@@ -12,6 +12,7 @@ import llmopt.ir.ops  # noqa: F401  (registers the dialect)
 from llmopt.errors import TargetError
 from llmopt.ir.ops.kv import scatter_rows
 from llmopt.ir.ops.rope import rope
+from llmopt.ir.samples import CPU
 from llmopt.program import Arg, DimExpr, DType, Function, OpCall, Ref, eval_dim
 
 Values = dict[str, torch.Tensor]
@@ -58,19 +59,24 @@ IN_PLACE: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A resolved call: the torch callable, its arguments, the outputs' names, values dead after it."""
+    """A resolved call: the torch callable, its arguments, the outputs' names, values dead after it.
+
+    ``placed``: its result is not made of tensors, so that it must be told where to be.
+    """
 
     call: OpCall
     function: Callable[..., Any]
     keyword_only: frozenset[str]
     dead: tuple[str, ...]
+    placed: bool
 
 
 class Interpreter:
-    """Runs one function. Weights are torch tensors by name; states passed as inputs are updated in place."""
+    """Runs one function. Weights are torch tensors by name; states passed as inputs are updated in place. All of them
+    are on ``device``."""
 
-    def __init__(self, function: Function, weights: Mapping[str, torch.Tensor]) -> None:
-        self.function, self.weights = function, weights
+    def __init__(self, function: Function, weights: Mapping[str, torch.Tensor], device: torch.device = CPU) -> None:
+        self.function, self.weights, self.device = function, weights, device
         last_use = {name: i for i, call in enumerate(function.calls) for name in (*call.refs(), *call.outputs)}
         kept = {*function.outputs, *function.inputs, *weights}
         self.steps = [
@@ -85,6 +91,8 @@ class Interpreter:
             arguments = {name: evaluate(arg, values, dims) for name, arg in step.call.args.items()}
             positional = [a for name, a in arguments.items() if name not in step.keyword_only]
             keywords = {name: a for name, a in arguments.items() if name in step.keyword_only}
+            if step.placed:
+                keywords["device"] = self.device
             result = step.function(*positional, **keywords)
             outputs = step.call.outputs
             values.update(zip(outputs, result if isinstance(result, tuple | list) else (result,)))
@@ -102,7 +110,8 @@ def resolve(call: OpCall, dead: tuple[str, ...]) -> Step:
     except AttributeError as error:
         raise TargetError(f"op {call.op} is unknown to the reference target", where=call.scope or None) from error
     keyword_only = frozenset(a.name for a in overload._schema.arguments if a.kwarg_only)
-    return Step(call, IN_PLACE.get(call.op, overload), keyword_only, dead)
+    placed = any(a.name == "device" for a in overload._schema.arguments)
+    return Step(call, IN_PLACE.get(call.op, overload), keyword_only, dead, placed)
 
 
 def evaluate(arg: Arg, values: Values, dims: Mapping[str, int]) -> Any:
