@@ -107,11 +107,10 @@ def graph_seconds(executor: CudaExecutor, batch: int, repeat: int = 20) -> list[
 
 def describe(artifact: Artifact, executor: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What every row says of the machine and the build."""
-    build = bench.describe(artifact)
+    build = bench.describe(artifact, executor.backend.device.name)
     return {
         **build,
         "commit": options.commit or build["commit"],
-        "machine": executor.backend.device.name,
         "driver": executor.backend.device.driver,
         "cores": os.cpu_count(),
         "model": options.model or options.artifact.name,

@@ -66,11 +66,11 @@ def bench_artifact(
     """Measure ARTIFACT: random prompts of one length, greedy decoding, end-of-sequence ignored.
 
     The floor is the time the machine needs to read what a step must read (weights once, the KV of every
-    sequence) at the bandwidth measured just before.
+    sequence) at the bandwidth of its memory, or of the GPU's, measured just before.
     """
     from llmopt.artifact import Artifact
     from llmopt.report.bench import Shape, append_rows, measure
-    from llmopt.report.machine import probe_bandwidth
+    from llmopt.report.machine import probe_machine
     from llmopt.runtime.executors import load_executor
     from llmopt.target import LoadOptions
 
@@ -79,13 +79,13 @@ def bench_artifact(
     if length > opened.program.max_context:
         what = f"--prompt-len + --gen-len is {length}, the context is {opened.program.max_context}"
         raise ConfigError(what, where=str(artifact))
-    bandwidth = probe_bandwidth(threads) if device == "cpu" else None
+    machine = probe_machine(device, threads)
     options = LoadOptions(device=device, threads=threads, max_sequences=max(batch), max_context=length)
     executor = load_executor(opened, options)
     try:
         with progress_bar(not as_json) as progress:
             shapes = [Shape(size, prompt_len, gen_len, repeat) for size in batch]
-            rows = [measure(executor, opened, shape, bandwidth, progress) for shape in shapes]
+            rows = [measure(executor, opened, shape, machine, progress) for shape in shapes]
     finally:
         executor.close()
     if append is not None:
@@ -98,13 +98,13 @@ def bench_artifact(
 
 def _print(rows: list[dict[str, object]]) -> None:
     first = rows[0]
-    bandwidth = first["bandwidth_gb_s"]
     emit_pairs(
         [
             ("model", f"{first['model']}, {first['recipe']}, target {first['target']}"),
-            ("machine", f"{first['machine']}, {first['cores']} cores, reads {bandwidth or '-'} GB/s"),
+            ("machine", f"{first['machine']}, {first['cores']} cores, reads {first['bandwidth_gb_s']} GB/s"),
             ("prompt, generated", f"{first['prompt_len']}, {first['gen_len']} tokens"),
             ("peak memory", human_bytes(float(str(first["peak_bytes"])))),
+            *((("on the GPU", human_bytes(float(str(taken)))),) if (taken := first["device_bytes"]) else ()),
         ]
     )
     click.echo()

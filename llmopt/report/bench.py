@@ -16,7 +16,7 @@ import yaml
 from llmopt.artifact import Artifact
 from llmopt.report.build_log import build_log
 from llmopt.report.drive import Driver
-from llmopt.report.machine import commit, cores, peak_memory, processor
+from llmopt.report.machine import Machine, commit, cores, peak_memory
 from llmopt.report.traffic import step_bytes
 from llmopt.runtime.protocol import Executor
 
@@ -34,11 +34,10 @@ class Shape:
     repeat: int
 
 
-def measure(executor: Executor, artifact: Artifact, shape: Shape, bandwidth: float | None, progress: Progress) -> Row:
-    """Times of one batch size in milliseconds (median, 20th and 80th percentile) and what they mean.
+def measure(executor: Executor, artifact: Artifact, shape: Shape, machine: Machine, progress: Progress) -> Row:
+    """Times of one batch size in milliseconds (median, 20th and 80th percentile) and what they mean on ``machine``.
 
-    ``bandwidth``: bytes a second this machine reads; None leaves the floor out. Raises ConfigError when the
-    executor has no room for the batch.
+    Raises ConfigError when the executor has no room for the batch.
     """
     driver = Driver(executor, shape.prompt_len + shape.gen_len)
     driver.require(shape.batch)
@@ -51,9 +50,9 @@ def measure(executor: Executor, artifact: Artifact, shape: Shape, bandwidth: flo
         progress(f"batch {shape.batch}", run + 1, shape.repeat + 1)
     ms = _percentiles(steps)
     read = step_bytes(artifact.program, shape.batch, shape.prompt_len + shape.gen_len // 2)
-    floor = read / bandwidth * 1e3 if bandwidth else None
+    floor = read / machine.bandwidth * 1e3
     return {
-        **describe(artifact),
+        **describe(artifact, machine.name),
         "batch": shape.batch,
         "prompt_len": shape.prompt_len,
         "gen_len": shape.gen_len,
@@ -65,10 +64,11 @@ def measure(executor: Executor, artifact: Artifact, shape: Shape, bandwidth: flo
         "tok_s": round(shape.batch / ms["median"] * 1e3, 1),
         "step_mb": round(read / 1e6, 2),
         "gb_s": round(read / ms["median"] / 1e6, 2),
-        "bandwidth_gb_s": round(bandwidth / 1e9, 1) if bandwidth else None,
-        "floor_ms": round(floor, 3) if floor else None,
-        "floor_percent": round(100 * floor / ms["median"], 1) if floor else None,
+        "bandwidth_gb_s": round(machine.bandwidth / 1e9, 1),
+        "floor_ms": round(floor, 3),
+        "floor_percent": round(100 * floor / ms["median"], 1),
         "peak_bytes": peak_memory(),
+        "device_bytes": machine.taken(),
     }
 
 
@@ -90,14 +90,14 @@ def one_run(driver: Driver, shape: Shape, seed: int) -> tuple[list[float], list[
     return first, steps
 
 
-def describe(artifact: Artifact) -> Row:
+def describe(artifact: Artifact, machine: str) -> Row:
     """What was measured and where: model, recipe, target, versions, machine, commit, date."""
     manifest = artifact.manifest
     log = build_log(artifact.path)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
-        "machine": processor(),
+        "machine": machine,
         "cores": cores(),
         "model": Path(log["checkpoint"]).name if log else manifest.model,
         "target": manifest.target,

@@ -10,11 +10,44 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from llmopt.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What ran: the processor's or GPU's name, the bytes a second its memory gives, the device as --device says."""
+
+    name: str
+    bandwidth: float
+    device: str = "cpu"
+
+    def taken(self) -> int | None:
+        """Bytes of the GPU's memory that are not free, whoever took them; None on the CPU."""
+        if self.device == "cpu":
+            return None
+        from llmopt.report.accelerator import taken_bytes
+
+        return taken_bytes(self.device)
+
+
 VECTORS = (("amx_int8", "AMX"), ("avx512_vnni", "AVX512-VNNI"), ("avx512f", "AVX512"), ("avx2", "AVX2"))
+
+
+def probe_machine(device: str, threads: int = 0) -> Machine:
+    """What an executor on ``device`` runs on. Raises what ``probe_gpu`` raises, ResourceError without cuda-bindings."""
+    if device == "cpu":
+        return Machine(processor(), probe_bandwidth(threads))
+    try:
+        from llmopt.report.accelerator import probe_gpu
+    except ImportError as error:
+        what = "a GPU's name and bandwidth are asked for through cuda-bindings"
+        raise ResourceError(what, where=f"--device {device}", hint="pip install 'llmopt[cuda]'") from error
+    return probe_gpu(device)
 
 
 def cores() -> int:

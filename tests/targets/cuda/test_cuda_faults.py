@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from cuda.bindings import driver as real
 from benchmarks import startup
 from llmopt.artifact import Artifact, WeightsPlan
 from llmopt.cli.main import run
+from llmopt.report import accelerator
 from llmopt.runtime.executors import cuda
 from llmopt.runtime.executors.cuda import driver
 from tests.targets.cuda.fake_builds import compile_without_compiler
@@ -135,6 +137,22 @@ def test_device_and_visible_devices_are_respected(
     caplog.set_level("INFO", "llmopt.cuda")
     assert generate(artifact, monkeypatch, FakeDriver(TWO), device=device) == code
     assert words in caplog.text + capsys.readouterr().err
+
+
+def test_bench_names_the_gpu_and_measures_its_memory(artifact: Path, monkeypatch: Any, capsys: Any) -> None:
+    """A copy takes the fake driver a millisecond, whatever is copied."""
+    fake = FakeDriver(TWO)
+    monkeypatch.setattr(driver, "cu", fake)
+    monkeypatch.setattr(accelerator, "COPIED", 1 << 20)
+    options = ("--prompt-len", "8", "--gen-len", "4", "--repeat", "1", "--batch", "1", "--json")
+    assert run(["bench", str(artifact), "--device", "cuda:1", *options]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["machine"], row["bandwidth_gb_s"]) == ("NVIDIA A100", 2.1)
+    assert row["floor_ms"] == pytest.approx(row["step_mb"] / 2.1, rel=0.01)
+    assert row["device_bytes"] == 0
+    assert not fake.memory, "everything allocated was freed"
+    assert run(["bench", str(artifact), "--device", "cuda:2", *options]) == RESOURCE
+    assert "no GPU 2: 2 visible" in capsys.readouterr().err
 
 
 def test_the_artifact_says_which_architectures_were_run(artifact: Path, capsys: Any) -> None:
