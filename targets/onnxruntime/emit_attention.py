@@ -1,4 +1,4 @@
-"""KV writes and attention: GroupQueryAttention over shared past and present buffers."""
+"""KV writes and attention: GroupQueryAttention over shared past and present buffers, CodedAttention over codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llmopt.program import Arg, OpCall, Ref
 
 from .emit_norm import rms
-from .emit_plain_attention import plain_attention, scatter
+from .emit_plain_attention import decoded, plain_attention, scatter
 from .emit_rope import cache_tables, rotate
 from .emitter import Emitter, emits
 from .graph import MICROSOFT, NATIVE
@@ -19,7 +19,10 @@ SEQUENCE_LENGTHS, LONGEST = "seqlens_k", "total_sequence_length"
 
 @dataclass(frozen=True)
 class Write:
-    """A KV write: states before, new rows (before rotation), rotation tables (None: rotated already or none)."""
+    """A KV write: states before, new rows (before rotation), rotation tables (None: rotated already or none).
+
+    ``k_scale``, ``v_scale``: of states that hold codes.
+    """
 
     call: OpCall
     k_state: Arg
@@ -29,6 +32,16 @@ class Write:
     cos: Arg = None
     sin: Arg = None
     interleaved: Arg = False
+
+    @property
+    def k_scale(self) -> Arg:
+        """(Hk,) fp32."""
+        return self.call.args.get("k_scale")
+
+    @property
+    def v_scale(self) -> Arg:
+        """(Hk,) fp32."""
+        return self.call.args.get("v_scale")
 
 
 @emits("llmopt.attention")
@@ -115,8 +128,6 @@ def cached_attention(e: Emitter, call: OpCall) -> None:
     args = call.args
     if args["ring"]:
         raise e.error(call, "ring states are not supported", "use layout: slots")
-    if args.get("k_scale") is not None or args.get("v_scale") is not None:
-        raise e.error(call, "states of codes are not supported", "leave out quantize_kv")
     write = write_of(e, args["k_state"])
     if write is None:
         raise e.error(call, "attention over a state that this step did not write is not supported")
@@ -127,10 +138,8 @@ def cached_attention(e: Emitter, call: OpCall) -> None:
         if e.contrib_attention and grouped(e, call, write):
             return
         q = scatter_first(e, call, write)
-    e.set(
-        call,
-        plain_attention(e, call, by_sequence(e, q, flat_width(e, args["q"])), e.values[k_final], e.values[v_final]),
-    )
+    keys, values = decoded(e, e.values[k_final], write.k_scale), decoded(e, e.values[v_final], write.v_scale)
+    e.set(call, plain_attention(e, call, by_sequence(e, q, flat_width(e, args["q"])), keys, values))
 
 
 def flat_width(e: Emitter, x: Arg) -> int:
@@ -145,8 +154,9 @@ def scatter_first(e: Emitter, call: OpCall, write: Write) -> str:
         k = rotate(e, k, write.k, write.cos, write.sin, write.interleaved)
     widths = flat_width(e, write.k), flat_width(e, write.v)
     parts = (by_sequence(e, k, widths[0]), by_sequence(e, flat(e, write.v), widths[1]))
-    for state, final, part in zip((write.k_state, write.v_state), write.call.outputs[-2:], parts):
-        e.values[final] = scatter(e, state, part)
+    states, scales = (write.k_state, write.v_state), (write.k_scale, write.v_scale)
+    for state, final, part, scale in zip(states, write.call.outputs[-2:], parts, scales):
+        e.values[final] = scatter(e, state, part, scale)
     return rotated_query(e, call.args["q"])
 
 
@@ -161,17 +171,19 @@ def rotated_query(e: Emitter, q: Arg) -> str:
 
 
 def grouped(e: Emitter, call: OpCall, write: Write) -> bool:
-    """Emit CachedAttention or GroupQueryAttention; False where neither has a kernel: heads of other sizes, sinks that
-    stay visible."""
+    """Emit CachedAttention, CodedAttention or GroupQueryAttention; False where none has a kernel: heads of other sizes,
+    sinks that stay visible, codes outside the native form (GroupQueryAttention of onnxruntime 1.26 refuses them)."""
     args = call.args
     (_, heads, length, width), kv_heads = e.shape(args["q"]), int(e.shape(write.k)[1])
     head = int(width)
     if e.shape(write.k)[3] != e.shape(write.v)[3] or head % 8 or args["sink_tokens"]:
         return False
-    dtype = e.type(args["q"]).dtype
+    dtype, coded = e.type(args["q"]).dtype, write.k_scale is not None
+    native = e.native and dtype == "float32" and head <= NATIVE_WIDTH
+    if coded and not native:
+        return False
     tables = rotation(e, args["q"], write, head, dtype)
     packed = packed_rows(e, (query_of(e, args["q"], write), write.k, write.v)) if tables or write.cos is None else None
-    native = e.native and dtype == "float32" and head <= NATIVE_WIDTH
     shaped = as_given if native else by_sequence
     if packed:
         data = [shaped(e, packed, (int(heads) + 2 * kv_heads) * head), "", ""]
@@ -182,7 +194,8 @@ def grouped(e: Emitter, call: OpCall, write: Write) -> bool:
     window, sinks = int(args["window"]), e.optional(args["sinks"])  # type: ignore[arg-type]
     cos, sin = tables or ("", "")
     positions = shaped(e, e.ref(Ref("position_ids")), None) if tables else ""
-    tail = (SEQUENCE_LENGTHS, LONGEST, cos, sin, positions, "", sinks)
+    scales = (e.ref(write.k_scale), e.ref(write.v_scale)) if coded else ()
+    tail = (SEQUENCE_LENGTHS, LONGEST, cos, sin, positions, "", sinks, *scales)
     last = max(i for i, name in enumerate(tail) if name) + 1
     k_final, v_final = write.call.outputs[-2:]
     names = (f"attention_{len(e.graph.nodes)}", *(f"present_{ref.name}" for ref in (write.k_state, write.v_state)))  # type: ignore[union-attr]
@@ -194,7 +207,7 @@ def grouped(e: Emitter, call: OpCall, write: Write) -> bool:
         "local_window_size": window,
         "rotary_interleaved": int(bool(tables and write.interleaved)),
     }
-    op, domain = "CachedAttention", NATIVE
+    op, domain = "CodedAttention" if coded else "CachedAttention", NATIVE
     if native:
         e.shapes[names[0]] = (1, length, int(heads) * head)
     else:

@@ -5,20 +5,37 @@ from __future__ import annotations
 from llmopt.program import Arg, OpCall, Ref
 
 from .emitter import Emitter
+from .graph import onnx_type
 
 TENSOR_SCATTER_OPSET = 24
+CODES = 127
+"""Largest int8 code of a state, either way."""
 
 
-def scatter(e: Emitter, state: Arg, part: str) -> str:
-    """``part`` (B, S, Hk * D) written behind each sequence's past in ``state`` (B, Hk, C, D), in its buffer."""
+def scatter(e: Emitter, state: Arg, part: str, scale: Arg) -> str:
+    """``part`` (B, S, Hk * D) written behind each sequence's past in ``state`` (B, Hk, C, D), in its buffer: as int8
+    codes where there is a ``scale`` (Hk,)."""
     assert isinstance(state, Ref)
     _, heads, _, width = e.shape(state)
     e.graph.opset = max(e.graph.opset, TENSOR_SCATTER_OPSET)
     split = e.graph.node("Reshape", part, e.graph.const([0, 0, heads, width]))
+    if scale is not None:
+        each = e.graph.node("Reshape", e.ref(scale), e.graph.const([1, 1, -1, 1]))
+        values = e.graph.node("Div", e.graph.node("Cast", split, to=onnx_type("float32")), each)
+        limits = (e.graph.const(-CODES, "float32"), e.graph.const(CODES, "float32"))
+        split = e.cast(e.graph.node("Round", e.graph.node("Clip", values, *limits)), "float32", "int8")
     update = e.graph.node("Transpose", split, perm=[0, 2, 1, 3])
     first = e.graph.node("Sub", last_positions(e), e.graph.node("Sub", rows_each(e, part), e.graph.const([1])))
     outputs = (f"present_{state.name}",)
     return e.graph.node("TensorScatter", e.ref(state), update, first, outputs=outputs, axis=2)
+
+
+def decoded(e: Emitter, state: str, scale: Arg) -> str:
+    """A state (B, Hk, C, D) as fp32 numbers, where it holds codes under a ``scale`` (Hk,)."""
+    if scale is None:
+        return state
+    each = e.graph.node("Reshape", e.ref(scale), e.graph.const([1, -1, 1, 1]))
+    return e.graph.node("Mul", e.cast(state, "int8", "float32"), each)
 
 
 def last_positions(e: Emitter) -> str:

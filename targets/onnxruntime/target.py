@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import onnx
 
 from llmopt.errors import ConfigError, TargetError
-from llmopt.program import Function, Program, StateGroup
+from llmopt.program import Function, Program, Ref, StateGroup
 from llmopt.target import BuildContext, TargetFiles, TargetInfo, WeightReader
 
 from . import native as kernels
@@ -46,6 +46,7 @@ class OnnxRuntimeTarget:
         layouts=("slots",),
         dtypes=("float32", "float16"),
         quant_bits=(2, 3, 4, 5, 6, 7, 8),
+        kv_formats=("int8",),
         quant_experts=True,
         quant_embeddings=True,
     )
@@ -61,7 +62,8 @@ class OnnxRuntimeTarget:
             files[NATIVE_LIBRARY_FILE] = kernels.library()
             counts = operators(forms[NATIVE_MODEL_FILE], NATIVE)
             notes["native"] = {"compiler": kernels.toolchain(), **dict(sorted(counts.items()))}
-        external = forms[MODEL_FILE].graph.external
+        read_by_all = set.intersection(*(set(form.graph.external) for form in forms.values()))
+        external = {name: r for name, r in forms[MODEL_FILE].graph.external.items() if name in read_by_all}
         for name, form in forms.items():
             form.graph.embed(external)  # angles of positions, for which other forms have tables
             model = form.graph.model("step", metadata(form))
@@ -116,8 +118,10 @@ def serialized(model: onnx.ModelProto) -> bytes:
 
 
 def function_dtype(function: Function) -> str:
-    """dtype the function computes in: that of its states."""
-    return function.types[next(iter(function.state_outputs))].dtype
+    """dtype the function computes in: that of its first attention's queries."""
+    queries = next(call.args["q"] for call in function.calls if call.op == "llmopt.cached_attention")
+    assert isinstance(queries, Ref)
+    return function.types[queries.name].dtype
 
 
 def check_options(options: Mapping[str, object]) -> None:

@@ -1,8 +1,10 @@
 /* CachedAttention: com.microsoft.GroupQueryAttention over float32 states, with its inputs and attributes.
+ * CodedAttention: the same over int8 codes.
  *
  * Inputs: query (B, S, H D), or (B, S, (H + 2 Hk) D) with key and value absent; key, value (B, S, Hk D); past keys and
  * values (B, Hk, C, D); lengths less one (B,) int32; their maximum (unused); cos and sin tables (rows, F) or none;
- * positions (B, S) int64; unused; sinks (H,) or none. Rows may as well come as (1, B S, ·): B is that of the lengths.
+ * positions (B, S) int64; unused; sinks (H,) or none; of codes, scales (Hk,) of keys and of values. Rows may as well
+ * come as (1, B S, ·): B is that of the lengths.
  * Outputs: the query's shape with H D columns, and the states with the S new rows behind each sequence's past, in place
  * where past and present are one buffer. Slots past a sequence's length are not read.
  *
@@ -27,17 +29,34 @@ AVX2_INLINE void rotate(const Pass *p, const float *x, int64_t position, float *
     for (int64_t i = 2 * half; i < p->width; i++) out[i] = x[i];
 }
 
+/* x (D) as row `row` of a state: as it is, or the nearest codes under its head's scale, ties to even. */
+AVX2_INLINE void store(const Pass *p, char *state, int64_t row, const float *x, const float *scales, int64_t head) {
+    char *to = state + row * p->width * p->element;
+    if (!scales) {
+        for (int64_t i = 0; i < p->width; i++) ((float *)to)[i] = x[i];
+        return;
+    }
+    const __m256 scale = _mm256_set1_ps(scales[head]), most = _mm256_set1_ps(127), least = _mm256_set1_ps(-127);
+    for (int64_t i = 0; i < p->width; i += 8) {
+        const __m256 value = _mm256_div_ps(_mm256_loadu_ps(x + i), scale);
+        const __m256i code = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(value, least), most));
+        const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+        _mm_storel_epi64((__m128i *)(to + i), _mm_packs_epi16(half, half));
+    }
+}
+
 /* Write the new keys and values of one sequence and head into the states. */
 AVX2 static void append(void *data, size_t item) {
     const Pass *p = data;
     const int64_t kv = p->a->kv_heads, batch = (int64_t)item / kv, head = (int64_t)item % kv;
     const int64_t past = p->lengths[batch] + 1 - p->rows;
     for (int64_t r = 0; r < p->rows; r++) {
-        const int64_t row = batch * p->rows + r, at = (((int64_t)item) * p->capacity + past + r) * p->width;
-        rotate(p, p->key + row * p->key_stride + head * p->width, p->positions ? p->positions[row] : past + r,
-               p->keys + at);
-        const float *value = p->value + row * p->key_stride + head * p->width;
-        for (int64_t i = 0; i < p->width; i++) p->values[at + i] = value[i];
+        const int64_t row = batch * p->rows + r, from = row * p->key_stride + head * p->width;
+        const int64_t to = (int64_t)item * p->capacity + past + r;
+        float key[MAX_WIDTH];
+        rotate(p, p->key + from, p->positions ? p->positions[row] : past + r, key);
+        store(p, p->keys, to, key, p->key_scales, head);
+        store(p, p->values, to, p->value + from, p->value_scales, head);
     }
 }
 
@@ -73,7 +92,7 @@ AVX2_INLINE void ask(Next *next) {
     }
 }
 
-/* Scores of a block of keys from `start`, -inf where the query may not look; returns the largest. */
+/* Scores of a block of keys that begins at `start`, -inf where the query may not look; returns the largest. */
 AVX2_INLINE float score_block(const Pass *p, const Query *query, const float *keys, int64_t start, float *scores,
                               Next *next) {
     const float softcap = p->a->softcap;
@@ -84,7 +103,7 @@ AVX2_INLINE float score_block(const Pass *p, const Query *query, const float *ke
         __m256 s = none;
         ask(next);
         if (k <= query->last && k + 8 > query->first) {
-            s = _mm256_mul_ps(score_eight(query->q, keys, k, query->last, p->width), scale);
+            s = _mm256_mul_ps(score_eight(query->q, keys, j, query->last - start, p->width), scale);
             if (softcap > 0) s = soft_cap(s, softcap);
             const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)(query->first - k)), lane);
@@ -113,7 +132,7 @@ AVX2_INLINE void add_values(const float *weights, const float *values, int64_t c
     for (int i = 0; i < n; i++) _mm256_storeu_ps(out + 8 * i, sums[i]);
 }
 
-/* Take a block of keys from `start` into a query's running softmax and weighted sum. */
+/* Take a block of keys and values that begins at `start` into a query's running softmax and weighted sum. */
 AVX2_INLINE void take_block(const Pass *p, Query *query, const float *keys, const float *values, int64_t start,
                             Next *next) {
     const int64_t width = p->width;
@@ -133,7 +152,7 @@ AVX2_INLINE void take_block(const Pass *p, Query *query, const float *keys, cons
     for (int64_t d = 0; d < width; d++) query->out[d] *= keep;
     const int64_t begin = start > query->first ? start : query->first,
                   end = start + KEYS <= query->last ? start + KEYS : query->last + 1;
-    const float *row = values + begin * width, *weight = weights + (begin - start);
+    const float *row = values + (begin - start) * width, *weight = weights + (begin - start);
     int64_t d = 0;
     for (; d + 64 <= width; d += 64) add_values(weight, row + d, end - begin, width, query->out + d, 8);
     for (; d < width; d += 8) add_values(weight, row + d, end - begin, width, query->out + d, 1);
@@ -146,6 +165,10 @@ AVX2_INLINE void begin_query(const Pass *p, Query *query, int64_t batch, int64_t
     query->first = window > 0 && query->last >= window ? query->last - window + 1 : 0;
     rotate(p, p->query + row * p->query_stride + head * p->width, p->positions ? p->positions[row] : query->last,
            query->q);
+    if (p->key_scales) {
+        const float scale = p->key_scales[head / (p->a->heads / p->a->kv_heads)];
+        for (int64_t d = 0; d < p->width; d++) query->q[d] *= scale;
+    }
     query->top = p->sinks ? p->sinks[head] : -__builtin_inff();
     query->sum = p->sinks ? 1 : 0;
     query->to = p->out + (row * p->a->heads + head) * p->width;
@@ -154,16 +177,30 @@ AVX2_INLINE void begin_query(const Pass *p, Query *query, int64_t batch, int64_t
 
 /* The lines of the block of keys at `start`, of which the last is `high`. */
 AVX2_INLINE Next next_block(const Pass *p, int64_t state, int64_t start, int64_t high) {
-    const int64_t at = state + start * p->width, rows = high < start ? 0 : high - start + 1;
-    const int64_t bytes = (rows < KEYS ? rows : KEYS) * p->width * (int64_t)sizeof(float);
-    return (Next){(const char *)(p->keys + at), (const char *)(p->values + at), (bytes + LINE - 1) / LINE, 0};
+    const int64_t row = p->width * p->element, at = state + start * row, rows = high < start ? 0 : high - start + 1;
+    const int64_t bytes = (rows < KEYS ? rows : KEYS) * row;
+    return (Next){p->keys + at, p->values + at, (bytes + LINE - 1) / LINE, 0};
+}
+
+/* Rows start to high of a state, at most a block, as numbers: where they lie, or codes, unscaled, in `unpacked`. */
+AVX2_INLINE const float *numbers(const Pass *p, const char *state, int64_t start, int64_t high, float *unpacked) {
+    const char *rows = state + start * p->width * p->element;
+    if (!p->key_scales) return (const float *)rows;
+    const int64_t count = (high - start + 1 < KEYS ? high - start + 1 : KEYS) * p->width;
+    for (int64_t i = 0; i < count; i += 8) {
+        const __m256i codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(rows + i)));
+        _mm256_storeu_ps(unpacked + i, _mm256_cvtepi32_ps(codes));
+    }
+    return unpacked;
 }
 
 /* Rows first to end of one sequence, for the query heads that share a key head, MAX_QUERIES at a time. */
 AVX2_INLINE void attend(const Pass *p, int64_t batch, int64_t head, int64_t first, int64_t end) {
     Query queries[MAX_QUERIES];
+    float unpacked_keys[KEYS * MAX_WIDTH], unpacked_values[KEYS * MAX_WIDTH];
     const int64_t group = p->a->heads / p->a->kv_heads, all = (end - first) * group;
-    const int64_t state = (batch * p->a->kv_heads + head) * p->capacity * p->width;
+    const int64_t state = (batch * p->a->kv_heads + head) * p->capacity * p->width * p->element;
+    const float scale = p->value_scales ? p->value_scales[head] : 1;
     for (int64_t at = 0; at < all; at += MAX_QUERIES) {
         const int64_t count = all - at < MAX_QUERIES ? all - at : MAX_QUERIES;
         int64_t low = INT64_MAX, high = 0;
@@ -175,15 +212,17 @@ AVX2_INLINE void attend(const Pass *p, int64_t batch, int64_t head, int64_t firs
         }
         for (int64_t start = low / KEYS * KEYS; start <= high; start += KEYS) {
             Next next = next_block(p, state, start + KEYS, high);
+            const float *keys = numbers(p, p->keys + state, start, high, unpacked_keys);
+            const float *values = numbers(p, p->values + state, start, high, unpacked_values);
             const int64_t step = count > 1 ? next.left / (count - 1) / (KEYS / 8) + 1 : 0;
             for (int64_t i = 0; i < count; i++) {
                 next.step = i ? step : 0; /* the first query waits for this block itself */
                 if (start <= queries[i].last && start + KEYS > queries[i].first)
-                    take_block(p, &queries[i], p->keys + state, p->values + state, start, &next);
+                    take_block(p, &queries[i], keys, values, start, &next);
             }
         }
         for (int64_t i = 0; i < count; i++)
-            for (int64_t d = 0; d < p->width; d++) queries[i].to[d] = queries[i].out[d] / queries[i].sum;
+            for (int64_t d = 0; d < p->width; d++) queries[i].to[d] = queries[i].out[d] / queries[i].sum * scale;
     }
 }
 

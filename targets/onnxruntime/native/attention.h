@@ -4,21 +4,24 @@
 
 enum { KEYS = 32, MAX_QUERIES = 8, MAX_WIDTH = 256, LINE = 64 };
 
-/* The operator's attributes. */
+/* The operator's attributes, and whether its states are codes. */
 typedef struct Attention {
     const OrtApi *api;
+    int coded;
     int64_t heads, kv_heads, window, interleaved;
     float scale, softcap;
 } Attention;
 
-/* One call: `rows` new rows a sequence, heads of `width`, states of `capacity` slots. */
+/* One call: `rows` new rows a sequence, heads of `width`, states of `capacity` slots with elements of `element` bytes,
+ * float32 or, with scales (Hk,), int8 codes. */
 typedef struct Pass {
     const Attention *a;
-    const float *query, *key, *value, *cos, *sin, *sinks;
+    const float *query, *key, *value, *cos, *sin, *sinks, *key_scales, *value_scales;
     const int32_t *lengths;
     const int64_t *positions;
-    float *out, *keys, *values;
-    int64_t rows, width, capacity, rotary, query_stride, key_stride, tile;
+    float *out;
+    char *keys, *values;
+    int64_t rows, width, capacity, element, rotary, query_stride, key_stride, tile;
 } Pass;
 
 /* A row and head on its way through the keys first to last: largest score, sum and weighted values so far. */

@@ -1,7 +1,8 @@
-/* CachedAttention as an operator: its attributes, inputs and outputs. */
+/* CachedAttention and CodedAttention as operators: their attributes, inputs and outputs. */
 #include "attention.h"
 
 enum { QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, LENGTHS, LONGEST, COS, SIN, POSITIONS, BIAS, SINKS };
+enum { KEY_SCALE = SINKS + 1, VALUE_SCALE };
 
 static OrtStatus *read_attributes(Attention *a, const OrtKernelInfo *info) {
     const OrtApi *api = a->api;
@@ -22,10 +23,9 @@ static void destroy(void *kernel) {
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
-    (void)op;
     Attention *a;
     TRY(allocate(api, sizeof(Attention), (void **)&a));
-    *a = (Attention){.api = api};
+    *a = (Attention){.api = api, .coded = (const Operator *)op == &coded_attention};
     OrtStatus *status = read_attributes(a, info);
     if (status)
         destroy(a);
@@ -35,11 +35,12 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
 }
 
 /* The state as an output: past and present are one buffer when the caller binds both to it, else past is copied. */
-static OrtStatus *present(const OrtApi *api, OrtContext *context, size_t index, const Tensor *past, float **data) {
+static OrtStatus *present(const OrtApi *api, OrtContext *context, size_t index, const Tensor *past, int64_t element,
+                          char **data) {
     TRY(make_output(api, context, index, past, (void **)data));
-    const float *from = past->data;
+    const char *from = past->data;
     if (*data == from) return NULL;
-    const int64_t size = past->dims[0] * past->dims[1] * past->dims[2] * past->dims[3];
+    const int64_t size = past->dims[0] * past->dims[1] * past->dims[2] * past->dims[3] * element;
     for (int64_t i = 0; i < size; i++) (*data)[i] = from[i];
     return NULL;
 }
@@ -68,6 +69,12 @@ static OrtStatus *fill(Pass *p, const Tensor *in, const OrtApi *api) {
     p->rotary = p->cos ? in[COS].dims[1] : 0;
     p->positions = in[POSITIONS].data;
     p->sinks = in[SINKS].data;
+    p->key_scales = in[KEY_SCALE].data;
+    p->value_scales = in[VALUE_SCALE].data;
+    p->element = a->coded ? sizeof(int8_t) : sizeof(float);
+    if (a->coded && (!p->key_scales || !p->value_scales || in[KEY_SCALE].dims[0] != a->kv_heads ||
+                     in[VALUE_SCALE].dims[0] != a->kv_heads))
+        return api->CreateStatus(ORT_FAIL, "CodedAttention: keys and values need a scale a head");
     for (int64_t b = 0; b < batch; b++)
         if (p->lengths[b] + 1 < p->rows || p->lengths[b] >= p->capacity)
             return api->CreateStatus(ORT_FAIL, "CachedAttention: a length outside its state");
@@ -83,17 +90,29 @@ static OrtStatus *compute(void *kernel, OrtContext *context) {
     TRY(fill(&p, in, api));
     Tensor shape = {.dims = {in[QUERY].dims[0], in[QUERY].dims[1], a->heads * p.width}, .rank = 3};
     TRY(make_output(api, context, 0, &shape, (void **)&p.out));
-    TRY(present(api, context, 1, &in[PAST_KEY], &p.keys));
-    TRY(present(api, context, 2, &in[PAST_VALUE], &p.values));
+    TRY(present(api, context, 1, &in[PAST_KEY], p.element, &p.keys));
+    TRY(present(api, context, 2, &in[PAST_VALUE], p.element, &p.values));
     return p.rows ? run_pass(api, context, &p, in[LENGTHS].dims[0]) : NULL;
 }
 
 Operator cached_attention = {
     .abi = {.CreateKernelV2 = create, .KernelComputeV2 = compute, .KernelDestroy = destroy},
     .name = "CachedAttention",
-    .inputs = MAX_INPUTS,
+    .inputs = SINKS + 1,
     .required = 1,
     .outputs = 3,
     .types = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT,
               ORT_INT64, ORT_FLOAT, ORT_FLOAT},
+    .made = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
+};
+
+Operator coded_attention = {
+    .abi = {.CreateKernelV2 = create, .KernelComputeV2 = compute, .KernelDestroy = destroy},
+    .name = "CodedAttention",
+    .inputs = VALUE_SCALE + 1,
+    .required = 1,
+    .outputs = 3,
+    .types = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT8, ORT_INT8, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT,
+              ORT_INT64, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
+    .made = {ORT_FLOAT, ORT_INT8, ORT_INT8},
 };

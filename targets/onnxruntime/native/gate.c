@@ -47,4 +47,5 @@ Operator gated_silu = {
     .required = 1,
     .outputs = 1,
     .types = {ORT_FLOAT},
+    .made = {ORT_FLOAT},
 };

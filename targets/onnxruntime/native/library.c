@@ -76,10 +76,7 @@ static const char *provider(const OrtCustomOp *op) {
 }
 static int input_type(const OrtCustomOp *op, size_t index) { return ((const Operator *)op)->types[index]; }
 static size_t input_count(const OrtCustomOp *op) { return (size_t)((const Operator *)op)->inputs; }
-static int output_type(const OrtCustomOp *op, size_t index) {
-    (void)op, (void)index;
-    return ORT_FLOAT;
-}
+static int output_type(const OrtCustomOp *op, size_t index) { return ((const Operator *)op)->made[index]; }
 static size_t output_count(const OrtCustomOp *op) { return (size_t)((const Operator *)op)->outputs; }
 static int memory_type(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
@@ -127,7 +124,8 @@ int llmopt_supported(void) {
 /* Called by onnxruntime when a session registers this library. */
 OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
     static OrtDomain *domain;
-    OrtCustomOp *const operators[] = {&quantized_linear.abi, &cached_attention.abi, &gated_silu.abi, &add_rms_norm.abi};
+    OrtCustomOp *const operators[] = {&quantized_linear.abi, &cached_attention.abi, &coded_attention.abi,
+                                      &gated_silu.abi, &add_rms_norm.abi};
     const OrtApi *api = base->GetApi(ORT_VERSION);
     if (!domain) {
         OrtDomain *made;

@@ -354,4 +354,5 @@ Operator quantized_linear = {
     .required = 3,
     .outputs = 1,
     .types = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_UINT8},
+    .made = {ORT_FLOAT},
 };

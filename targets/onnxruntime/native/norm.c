@@ -84,4 +84,5 @@ Operator add_rms_norm = {
     .required = 3,
     .outputs = 2,
     .types = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
+    .made = {ORT_FLOAT, ORT_FLOAT},
 };

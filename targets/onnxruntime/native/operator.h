@@ -2,7 +2,8 @@
 #pragma once
 #include "ort_abi.h"
 
-#define MAX_INPUTS 12
+#define MAX_INPUTS 14
+#define MAX_OUTPUTS 3
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) static inline
 
@@ -13,12 +14,12 @@
         if (status_) return status_; \
     } while (0)
 
-/* An operator and the types of its tensors; inputs from `required` on may be absent. */
+/* An operator and the types of its inputs and of what it made; inputs from `required` on may be absent. */
 typedef struct Operator {
     OrtCustomOp abi;
     const char *name;
     int inputs, required, outputs;
-    int types[MAX_INPUTS];
+    int types[MAX_INPUTS], made[MAX_OUTPUTS];
 } Operator;
 
 /* A tensor: its data, or NULL for an absent input, and its shape. */
@@ -47,4 +48,4 @@ OrtStatus *each_row(const OrtApi *api, const OrtContext *context, void (*body)(v
 OrtStatus *create_plain(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel);
 void destroy_plain(void *kernel);
 
-extern Operator quantized_linear, cached_attention, gated_silu, add_rms_norm;
+extern Operator quantized_linear, cached_attention, coded_attention, gated_silu, add_rms_norm;

@@ -16,12 +16,13 @@ from llmopt.lower.readers import Reader
 from llmopt.program import Program, StateGroup, StateSpec, TensorType
 
 CONTEXT, INV_FREQ = 64, "rotary.inv_freq"
+SCALES = "attention.0.k_scale", "attention.0.v_scale"
 
 
 @dataclass(frozen=True)
 class Attention:
     """Sizes and options of the layer. ``rotate``: pairs rotated, 0 for none; ``fused``: through rope_kv_write;
-    ``twice``: a second attention reads the same states; ``mixed``: k is rotated, q is not."""
+    ``twice``: a second attention reads the same states; ``mixed``: k is rotated, q is not; ``codes``: int8 states."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -36,15 +37,14 @@ class Attention:
     fused: bool = False
     twice: bool = False
     mixed: bool = False
-
-    @property
-    def inv_freq(self) -> torch.Tensor:
-        """(rotate,) fp32."""
-        return 1.0 / (torch.arange(self.rotate, dtype=torch.float32) + 1)
+    codes: bool = False
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights of the program."""
-        return {INV_FREQ: self.inv_freq} if self.rotate else {}
+        heads = torch.arange(self.kv_heads, dtype=torch.float32)
+        scales = {name: 0.012 + 0.001 * i + 0.0003 * heads for i, name in enumerate(SCALES)} if self.codes else {}
+        frequencies = 1.0 / (torch.arange(self.rotate, dtype=torch.float32) + 1)
+        return scales | ({INV_FREQ: frequencies} if self.rotate else {})
 
     def readers(self) -> dict[str, Reader]:
         """Weights of the program, as the target reads them."""
@@ -56,28 +56,30 @@ class Attention:
         rows = torch.sin(ids[..., None].float() * wave + wave)
         return rows.view(1, ids.shape[1], heads, width).transpose(1, 2)
 
-    def step(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def step(self, weights: dict[str, torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits (1, T, heads * value_dim) and the states."""
-        ids, positions, cu_seqlens, seq_lens, table, slots, k_state, v_state, inv_freq = inputs
+        ids, positions, cu_seqlens, seq_lens, table, slots, k_state, v_state = inputs
+        scales = tuple(weights[name] for name in SCALES if self.codes)
         ops = torch.ops.llmopt
         q = self.heads_of(ids, 0.7, self.heads, self.head_dim)
         k = self.heads_of(ids, 1.3, self.kv_heads, self.head_dim)
         v = self.heads_of(ids, 2.1, self.kv_heads, self.value_dim)
         if self.rotate:
-            cos, sin = ops.rotary_table(positions, inv_freq, 1.1, None, 1.0, 0, None, torch.float32)
+            cos, sin = ops.rotary_table(positions, weights[INV_FREQ], 1.1, None, 1.0, 0, None, torch.float32)
             if self.fused:
-                q, k_state, v_state = ops.rope_kv_write(q, k, v, cos, sin, k_state, v_state, slots, self.interleaved)
+                operands = (q, k, v, cos, sin, k_state, v_state, slots, self.interleaved, *scales)
+                q, k_state, v_state = ops.rope_kv_write(*operands)
             else:
                 k = ops.rope(k, cos, sin, self.interleaved)
                 q = q if self.mixed else ops.rope(q, cos, sin, self.interleaved)
         if not (self.rotate and self.fused):
-            k_state, v_state = ops.kv_write(k_state, v_state, k, v, slots)
+            k_state, v_state = ops.kv_write(k_state, v_state, k, v, slots, *scales)
         sinks = torch.arange(self.heads, dtype=torch.float32) * 0.4 if self.sinks else None
 
         def attend(query: torch.Tensor) -> torch.Tensor:
             out = ops.cached_attention(
                 query, k_state, v_state, table, cu_seqlens, seq_lens, sinks, 0.4, self.window, self.softcap,
-                self.sink_tokens, False,
+                self.sink_tokens, False, *scales,
             )  # fmt: skip
             return out.reshape(1, ids.shape[1], self.heads * self.value_dim)
 
@@ -95,7 +97,8 @@ class Step(torch.nn.Module):
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.attention = attention
-        self.register_buffer("inv_freq", attention.inv_freq)
+        for name, value in attention.tensors().items():
+            self.register_buffer(name.replace(".", "_"), value)
 
     def forward(
         self,
@@ -109,14 +112,16 @@ class Step(torch.nn.Module):
         v_0: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         inputs = (input_ids, position_ids, cu_seqlens, seq_lens, block_table_slots, slot_mapping_slots, k_0, v_0)
-        return self.attention.step(*inputs, self.inv_freq)
+        weights = {name: getattr(self, name.replace(".", "_")) for name in self.attention.tensors()}
+        return self.attention.step(weights, *inputs)
 
 
 @cache
 def lowered(layer: Attention) -> Program:
     """The program of a layer."""
-    k = torch.zeros(3, layer.kv_heads, CONTEXT, layer.head_dim)
-    v = torch.zeros(3, layer.kv_heads, CONTEXT, layer.value_dim)
+    dtype = torch.int8 if layer.codes else torch.float32
+    k = torch.zeros(3, layer.kv_heads, CONTEXT, layer.head_dim, dtype=dtype)
+    v = torch.zeros(3, layer.kv_heads, CONTEXT, layer.value_dim, dtype=dtype)
     ids, table = torch.arange(7)[None], torch.zeros(2, 1, dtype=torch.int32)
     bounds, lengths = torch.tensor([0, 4, 7], dtype=torch.int32), torch.tensor([9, 6], dtype=torch.int32)
     rows, auto = {1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
@@ -127,9 +132,11 @@ def lowered(layer: Attention) -> Program:
         if node.op == "call_function" and "_assert" in str(node.target):
             traced.graph.erase_node(node)
     holders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    specs = (StateSpec("k_0", layer.kv_heads, layer.head_dim, "float32", 0),
-             StateSpec("v_0", layer.kv_heads, layer.value_dim, "float32", 0))  # fmt: skip
-    buffers = [n for n in holders if n.name == "b_inv_freq"]
+    kept, (k_scale, v_scale) = str(dtype).removeprefix("torch."), SCALES if layer.codes else (None, None)
+    specs = (StateSpec("k_0", layer.kv_heads, layer.head_dim, kept, 0, k_scale),
+             StateSpec("v_0", layer.kv_heads, layer.value_dim, kept, 0, v_scale))  # fmt: skip
+    weights = {f"b_{name.replace('.', '_')}": (name, value) for name, value in layer.tensors().items()}
+    buffers = [n for n in holders if n.name in weights]
     holders = [n for n in holders if n not in buffers]
     symbols = {str(holders[0].meta["val"].shape[1].node.expr): "T"}
     for node in holders:
@@ -141,7 +148,7 @@ def lowered(layer: Attention) -> Program:
     config = ModelConfig(layer.heads * layer.value_dim, CONTEXT)
     module = Module({"step": traced}, {}, dims, symbols, config, [group], {"k_0": 1, "v_0": 2})
     for node in buffers:
-        if layer.rotate:
-            node.replace_all_uses_with(module.weight_node(traced, INV_FREQ, Constant(layer.inv_freq)))
+        name, value = weights[node.name]
+        node.replace_all_uses_with(module.weight_node(traced, name, Constant(value)))
         traced.graph.erase_node(node)
     return lower(module)

@@ -31,22 +31,23 @@ def session(
     op: str,
     inputs: dict[str, Array | None],
     constants: dict[str, Array | None],
-    outputs: int,
+    outputs: tuple[int, ...],
     threads: int,
     **attrs: Any,
 ) -> ort.InferenceSession:
-    """A model of one call: ``inputs`` are fed, their shapes open; ``constants`` are initializers; None is absent."""
+    """A model of one call: ``inputs`` are fed, their shapes open; ``constants`` are initializers; None is absent;
+    ``outputs`` are types."""
     tensors = {**inputs, **constants}
     names = [name if value is not None else "" for name, value in tensors.items()]
     while not names[-1]:
         names.pop()
-    node = helper.make_node(op, names, [f"y{i}" for i in range(outputs)], domain=NATIVE, **attrs)
+    node = helper.make_node(op, names, [f"y{i}" for i in range(len(outputs))], domain=NATIVE, **attrs)
     fed = [
         helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), [f"{n}_{i}" for i in range(v.ndim)])
         for n, v in inputs.items()
         if v is not None
     ]
-    made = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(outputs)]
+    made = [helper.make_tensor_value_info(f"y{i}", kind, None) for i, kind in enumerate(outputs)]
     kept = [numpy_helper.from_array(value, name) for name, value in constants.items() if value is not None]
     graph = helper.make_graph([node], "one", fed, made, kept)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(NATIVE, 1)]
@@ -61,7 +62,7 @@ def run(
     op: str,
     inputs: dict[str, Array | None],
     constants: dict[str, Array | None],
-    outputs: int = 1,
+    outputs: tuple[int, ...] = (TensorProto.FLOAT,),
     threads: int = 1,
     **attrs: Any,
 ) -> list[Array]:

@@ -1,4 +1,5 @@
-"""CachedAttention against fp64: every option, lengths across blocks of keys, NaN in every slot nobody wrote."""
+"""CachedAttention and CodedAttention against fp64: every option, lengths across blocks of keys, NaN (codes: -128, which
+no row is written as) in every slot nobody wrote."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 
 from tests.targets.onnxruntime.native import Array, run
 
@@ -30,6 +32,7 @@ class Case:
     rotary: int = 0
     interleaved: bool = False
     packed: bool = False
+    codes: bool = False
 
 
 CASES = {
@@ -50,6 +53,12 @@ CASES = {
     "all": Case(past=(33,), rows=20, window=21, softcap=1.1, sinks=True, rotary=32, width=72, packed=True),
     "widest": Case(past=(33,), width=256, heads=2, kv_heads=1),
     "full": Case(past=(90,), rows=6),
+    "codes": Case(past=(40, 3), codes=True),
+    "codes of a chunk": Case(past=(29,), rows=37, heads=8, kv_heads=2, codes=True),
+    "codes, all": Case(
+        (33,), rows=20, window=21, softcap=1.1, sinks=True, rotary=32, width=72, packed=True, codes=True
+    ),
+    "codes, widest": Case(past=(33,), width=256, heads=2, kv_heads=1, codes=True),
 }
 
 
@@ -61,10 +70,10 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Any]:
     def draw(*size: int) -> Array:
         return random.standard_normal(size).astype(np.float32)
 
-    states = [draw(*shape) for _ in "kv"]
+    states = [random.integers(-127, 128, shape, np.int8) if case.codes else draw(*shape) for _ in "kv"]
     for state in states:
         for b, past in enumerate(case.past):
-            state[b, :, past:] = np.nan
+            state[b, :, past:] = -128 if case.codes else np.nan
     angles = random.uniform(0, 6, (case.capacity + 9, case.rotary))
     positions = [[p + 3 + r for r in range(case.rows)] for p in case.past]
     return {
@@ -80,6 +89,8 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Any]:
         "positions": np.array(positions, np.int64) if case.rotary else None,
         "bias": None,
         "sinks": draw(case.heads) if case.sinks else None,
+        "k_scale": random.uniform(0.01, 0.02, case.kv_heads).astype(np.float32) if case.codes else None,
+        "v_scale": random.uniform(0.01, 0.02, case.kv_heads).astype(np.float32) if case.codes else None,
     }
 
 
@@ -97,7 +108,8 @@ def call(case: Case, given: dict[str, Any], threads: int = 2) -> list[Array]:
         "local_window_size": case.window,
         "rotary_interleaved": int(case.interleaved),
     }
-    out, *states = run("CachedAttention", {**given, **flat}, {}, 3, threads, **attributes)
+    op, kept = ("CodedAttention", TensorProto.INT8) if case.codes else ("CachedAttention", TensorProto.FLOAT)
+    out, *states = run(op, {**given, **flat}, {}, (TensorProto.FLOAT, kept, kept), threads, **attributes)
     return [out.reshape(given["q"].shape), *states]
 
 
@@ -116,22 +128,25 @@ def rotated(case: Case, given: dict[str, Any], x: Array) -> Array:
 
 def oracle(case: Case, given: dict[str, Any]) -> list[Array]:
     """The same in fp64, a row and head at a time."""
-    q, k = (rotated(case, given, given[name]) for name in "qk")
+    q, k, v = rotated(case, given, given["q"]), rotated(case, given, given["k"]), given["v"]
     keys, values = (given[name].astype(np.float64) for name in ("past_k", "past_v"))
+    k_scale, v_scale = (given[f"{name}_scale"] if case.codes else np.ones(case.kv_heads) for name in "kv")
+    if case.codes:
+        k, v = (np.rint(x / s[:, None]).clip(-127, 127) for x, s in ((k, k_scale), (v, v_scale)))
     out = np.zeros(q.shape)
     for b, past in enumerate(case.past):
         new = slice(past, past + case.rows)
-        keys[b, :, new], values[b, :, new] = k[b].transpose(1, 0, 2), given["v"][b].transpose(1, 0, 2)
+        keys[b, :, new], values[b, :, new] = k[b].transpose(1, 0, 2), v[b].transpose(1, 0, 2)
         for r in range(case.rows):
             stop = past + r + 1
             start = max(0, stop - case.window) if case.window else 0
             for h in range(case.heads):
                 kv = h // (case.heads // case.kv_heads)
-                scores = keys[b, kv, start:stop] @ q[b, r, h] * 0.4
+                scores = keys[b, kv, start:stop] @ q[b, r, h] * 0.4 * k_scale[kv]
                 scores = np.tanh(scores / case.softcap) * case.softcap if case.softcap else scores
                 sink = np.exp(float(given["sinks"][h])) if case.sinks else 0.0
                 weights = np.exp(scores)
-                out[b, r, h] = weights @ values[b, kv, start:stop] / (weights.sum() + sink)
+                out[b, r, h] = weights @ values[b, kv, start:stop] / (weights.sum() + sink) * v_scale[kv]
     return [out, keys, values]
 
 
@@ -206,6 +221,23 @@ def test_sequences_of_unequal_rows_are_refused() -> None:
     given = inputs(case)
     with pytest.raises(Exception, match="as many rows"):
         call(case, {**given, **{n: given[n][:1].repeat(3, 1) for n in "qkv"}})
+
+
+def test_codes_without_scales_are_refused() -> None:
+    case = CASES["codes"]
+    for name in ("k_scale", "v_scale"):
+        for wrong in (None, np.ones(3, np.float32)):
+            with pytest.raises(Exception, match="a scale a head"):
+                call(case, {**inputs(case), name: wrong})
+
+
+def test_what_codes_cannot_hold_saturates() -> None:
+    case = CASES["codes"]
+    given = inputs(case)
+    _, keys, values = call(case, {**given, "k": given["k"] * 1e4, "v": given["v"] * 1e4})
+    for state, new in ((keys, given["k"]), (values, given["v"])):
+        for b, past in enumerate(case.past):
+            np.testing.assert_array_equal(state[b, :, past], np.sign(new[b, 0]) * 127)
 
 
 def test_a_length_outside_the_state_is_refused() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 
 from llmopt.program import Program
 from llmopt.runtime.executors.onnxruntime import MODEL_FILE, NATIVE_MODEL_FILE
@@ -38,7 +39,7 @@ def gated(x: Array, threads: int = 2) -> Array:
 
 def norm(x: Array, residual: Array, gamma: Array, epsilon: float = 1e-5, threads: int = 2) -> list[Array]:
     fed = {"x": x, "residual": residual}
-    return run("AddRmsNorm", fed, {"gamma": gamma}, outputs=2, threads=threads, epsilon=epsilon)
+    return run("AddRmsNorm", fed, {"gamma": gamma}, outputs=(TensorProto.FLOAT,) * 2, threads=threads, epsilon=epsilon)
 
 
 def normed(total: Array, gamma: Array, epsilon: float = 1e-5) -> Array:

@@ -10,7 +10,6 @@ import onnx
 import pytest
 
 from llmopt.errors import TargetError
-from llmopt.program import Ref
 from llmopt.registry import load_executor_module
 from llmopt.runtime.executors.onnxruntime import MODEL_FILE, NATIVE_MODEL_FILE
 from tests.targets.models import worst
@@ -40,7 +39,17 @@ STANDARD = {
     "sink tokens": Attention(window=4, sink_tokens=2),
     "no rotation": Attention(value_dim=24, rotate=0),
 }
+CODED = {
+    "codes": Attention(codes=True),
+    "codes, all": Attention(codes=True, window=3, softcap=0.8, sinks=True, kv_heads=4, fused=True),
+    "codes, few pairs": Attention(codes=True, rotate=2, interleaved=True),
+}
+CODED_STANDARD = {
+    "codes, odd heads": Attention(codes=True, head_dim=12, value_dim=12, rotate=6, fused=True),
+    "codes, wider values": Attention(codes=True, value_dim=32, window=4, sink_tokens=2),
+}
 TWICE = {
+    "codes twice": Attention(codes=True, twice=True),
     "grouped, then standard": Attention(twice=True, fused=True),
     "standard twice": Attention(twice=True, value_dim=8, window=4),
 }
@@ -68,14 +77,15 @@ def emitted(layer: Attention, native: bool = True) -> Any:
     return executor(layer.program(), layer.readers(), native_kernels=native)
 
 
+LAYERS_BY_NAME = {**GROUPED, **STANDARD, **CODED, **CODED_STANDARD, **TWICE}
 # Each layer is traced once, by one worker.
-LAYERS = [pytest.param(name, marks=pytest.mark.xdist_group(f"layer {name}")) for name in (*GROUPED, *STANDARD, *TWICE)]
+LAYERS = [pytest.param(name, marks=pytest.mark.xdist_group(f"layer {name}")) for name in LAYERS_BY_NAME]
 
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
 def test_matches_the_reference(name: str, native: bool) -> None:
-    layer = {**GROUPED, **STANDARD, **TWICE}[name]
+    layer = LAYERS_BY_NAME[name]
     assert worst(logits(emitted(layer, native)), reference(layer)) <= 1e-5
 
 
@@ -103,7 +113,10 @@ def test_kernel_choice() -> None:
     assert all("GroupQueryAttention" in operators(a) for a in GROUPED.values())
     assert all("CachedAttention" in operators(a, NATIVE_MODEL_FILE) for a in GROUPED.values())
     assert not any("GroupQueryAttention" in operators(a) for a in STANDARD.values())
-    assert not any(operators(a, NATIVE_MODEL_FILE) for a in STANDARD.values())
+    assert all("CodedAttention" in operators(a, NATIVE_MODEL_FILE) for a in CODED.values())
+    coded = [*CODED.values(), *CODED_STANDARD.values()]
+    assert not any("GroupQueryAttention" in operators(a) for a in coded)
+    assert not any(operators(a, NATIVE_MODEL_FILE) for a in (*STANDARD.values(), *CODED_STANDARD.values()))
 
 
 @pytest.mark.parametrize("name", ["all", "plain"])
@@ -117,11 +130,17 @@ def test_unwritten_slots_are_not_read(name: str, kind: str) -> None:
     assert worst(logits(runner), reference(layer)) <= 1e-5
 
 
-def test_refuses_rings_codes_and_uncached_attention() -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_codes_lose_what_they_lose(native: bool) -> None:
+    """Negative control: the comparison tells codes from numbers, and one scale from another."""
+    plain = reference(Attention())
+    assert 1e-3 < worst(logits(emitted(Attention(codes=True), native)), plain) < 0.1
+
+
+def test_refuses_rings_and_uncached_attention() -> None:
     program = Attention().program()
     function = program.functions["step"]
-    codes = {"k_scale": Ref("attention.0.k_scale")}
-    for change, match in (({"ring": True}, "ring"), (codes, "states of codes"), (None, "rewrite_kv_cache")):
+    for change, match in (({"ring": True}, "ring"), (None, "rewrite_kv_cache")):
         calls = tuple(
             c if c.op != "llmopt.cached_attention"
             else replace(c, args={**c.args, **change}) if change else replace(c, op="llmopt.attention")

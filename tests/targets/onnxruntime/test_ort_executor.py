@@ -21,12 +21,13 @@ from tests.targets.onnxruntime.attention import CONTEXT, Attention
 from tests.targets.onnxruntime.build import OPTIONS, build, executor
 
 LAYER = Attention(window=9, softcap=3.0, fused=True)
+CODED = replace(LAYER, codes=True)
 PROGRAM, WEIGHTS = LAYER.program(), LAYER.readers()
 GREEDY = SamplingParams(temperature=0)
 
 
-def reference() -> Any:
-    return load_executor_module("reference").ReferenceExecutor(PROGRAM, LAYER.tensors(), OPTIONS)
+def reference(layer: Attention = LAYER) -> Any:
+    return load_executor_module("reference").ReferenceExecutor(layer.program(), layer.tensors(), OPTIONS)
 
 
 def row(seq_id: int, slot: int, start: int, tokens: Any, **options: Any) -> SeqStep:
@@ -42,9 +43,10 @@ def play(runner: Any, batches: list[StepBatch]) -> list[StepOutput]:
     return [runner.collect(runner.submit(batch)) for batch in batches]
 
 
-def assert_same(batches: list[StepBatch], runner: Any = None) -> None:
-    """Both executors give the same logits and samples, step by step."""
-    found, wanted = play(runner or executor(PROGRAM, WEIGHTS), batches), play(reference(), batches)
+def assert_same(batches: list[StepBatch], runner: Any = None, layer: Attention = LAYER) -> None:
+    """Both executors of a layer give the same logits and samples, step by step."""
+    found = play(runner or executor(layer.program(), layer.readers()), batches)
+    wanted = play(reference(layer), batches)
     for a, b in zip(found, wanted, strict=True):
         assert a.sampled == b.sampled
         assert a.logits.keys() == b.logits.keys()
@@ -91,30 +93,31 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.parametrize("layer", [LAYER, CODED], ids=["numbers", "codes"])
 @pytest.mark.parametrize("device_memory", [False, True], ids=["host", "device"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_state_operations(name: str, device_memory: bool) -> None:
+def test_state_operations(name: str, device_memory: bool, layer: Attention) -> None:
     """The next rows of every touched slot see what the reference sees; device copies run through the copy model."""
-    runner = executor(PROGRAM, WEIGHTS)
+    runner = executor(layer.program(), layer.readers())
     if device_memory:
-        use_device_memory(runner)
-    check_state_operation(name, runner)
+        use_device_memory(runner, layer)
+    check_state_operation(name, runner, layer)
 
 
-def check_state_operation(name: str, runner: OnnxruntimeExecutor) -> None:
+def check_state_operation(name: str, runner: OnnxruntimeExecutor, layer: Attention = LAYER) -> None:
     """An executor of the layer gives what the reference gives after an operation."""
     start = {"truncate": 3}.get(name, 5)
     slot = {"copy": 2, "move": 3, "exchange": 1, "swap": 3, "swap over": 1, "truncate": 0}[name]
     length = 6 if name == "move" else start
     step = StepBatch((row(8, slot, length, [4]),), admit=admit(8), ops=tuple(OPERATIONS[name]))
     again = StepBatch((row(8, slot, length + 1, [2, 6, 1]),))
-    assert_same([prompts(0, 1), step, again], runner)
+    assert_same([prompts(0, 1), step, again], runner, layer)
 
 
-def use_device_memory(runner: OnnxruntimeExecutor) -> None:
+def use_device_memory(runner: OnnxruntimeExecutor, layer: Attention = LAYER) -> None:
     """Give an executor the memory class of accelerators, here on the CPU provider."""
-    states = runner.states
-    states.memory = DeviceMemory(states.shapes, states.dtype, build(PROGRAM, WEIGHTS).files[COPY_FILE], OPTIONS)
+    states, copier = runner.states, build(layer.program(), layer.readers()).files[COPY_FILE]
+    states.memory = DeviceMemory(states.shapes, states.dtype, copier, OPTIONS)
     runner.context.bindings.clear()
 
 
