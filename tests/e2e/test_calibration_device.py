@@ -21,7 +21,10 @@ passes: [fuse_qkv, fuse_gate_up, fuse_gated_activation, {passes}, rewrite_kv_cac
 """
 CASES = {
     "gptq": ("llama", "choose_precision: {kl: 0.5, group_sizes: [32], windows: 1}, gptq: {static_groups: false}"),
-    "awq": ("llama", "awq: {group_size: 32, include: ['*.0.*']}, quantize_weights: {bits: 4, group_size: 32, embeddings: true}"),
+    "awq": (
+        "llama",
+        "awq: {group_size: 32, include: ['*.0.*']}, quantize_weights: {bits: 4, group_size: 32, embeddings: true}",
+    ),
     "smoothquant": ("llama", "smoothquant, quantize_weights, quantize_activations: {scale: tensor}, quantize_kv"),
     "experts": ("mixtral", "awq: {group_size: 32, clip: false, experts: true}, gptq: {group_size: 32, experts: true}"),
 }

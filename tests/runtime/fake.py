@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llmopt.errors import ExecutorError
+from llmopt.errors import ExecutorError, RequestError
 from llmopt.program import StateGroup, StatePlan, StateSpec
+from llmopt.runtime.params import Grammar
 from llmopt.runtime.protocol import ExecutorLimits, SeqStep, StateOp, StepBatch, StepOutput
 from llmopt.runtime.ragged import slots_of
 from llmopt.runtime.sampler import HostSampler
 
 EMPTY = -1
 MODULUS = 1_000_003
+TURNS = 3
 
 
 def plan_of(*kinds: str, block_size: int = 4, context: int = 64, window: int = 6, sinks: int = 2, chunk: int = 3):
@@ -43,12 +46,52 @@ def visible(group: StateGroup, length: int) -> np.ndarray:
     return positions[(positions < group.sinks) | (positions > length - 1 - group.window)]
 
 
-def oracle(prompt, count: int, plan: StatePlan, vocab_size: int, switch: int | None = None) -> list[int]:
-    """What a sequence generates when it is alone."""
+def oracle(
+    prompt, count: int, plan: StatePlan, vocab_size: int, switch: int | None = None, takes_turns: bool = False
+) -> list[int]:
+    """What a sequence generates when it is alone; with ``takes_turns`` under the masks of ``Turns``."""
     tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens, plan, vocab_size, switch))
+    for k in range(count):
+        token = next_token(tokens, plan, vocab_size, switch)
+        tokens.append(k % TURNS if takes_turns and token % TURNS != k % TURNS else token)
     return tokens[len(prompt) :]
+
+
+def logits_after(tokens, vocab_size: int) -> np.ndarray:
+    """A row of logits that depends on all tokens so far, for prompts whose log-probabilities are wanted."""
+    seed = int(np.dot(np.arange(1, len(tokens) + 1), tokens)) % 100_003
+    return np.random.default_rng(seed).normal(size=vocab_size).astype(np.float32)
+
+
+class Turns:
+    """Stands in for the engine's constraints: the k-th token drawn, from 0, is k modulo TURNS."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.drawn: dict[int, int] = {}
+        words = np.zeros((TURNS, -(-vocab_size // 32)), np.uint32)
+        for token in range(vocab_size):
+            words[token % TURNS, token >> 5] |= np.uint32(1 << (token & 31))
+        self.words = words
+
+    def add(self, seq_id: int, grammar: Grammar) -> None:
+        """A sequence begins."""
+        self.drawn[seq_id] = 0
+
+    def accept(self, tokens: Mapping[int, int]) -> Mapping[int, RequestError]:
+        """Every token is one its mask allowed."""
+        for seq_id, token in tokens.items():
+            if seq_id in self.drawn:
+                assert token % TURNS == self.drawn[seq_id] % TURNS, "drawn under another mask"
+                self.drawn[seq_id] += 1
+        return {}
+
+    def masks(self, seq_ids: Sequence[int]) -> dict[int, np.ndarray]:
+        """Of the next token of each."""
+        return {seq_id: self.words[self.drawn[seq_id] % TURNS] for seq_id in seq_ids if seq_id in self.drawn}
+
+    def forget(self, seq_id: int) -> None:
+        """A sequence has ended."""
+        self.drawn.pop(seq_id, None)
 
 
 def next_token(tokens, plan: StatePlan, vocab_size: int, switch: int | None = None) -> int:
@@ -78,6 +121,7 @@ class FakeExecutor:
         self.cells = {g.name: np.full((limits.blocks[g.name] * g.block_size, 3), EMPTY, np.int64) for g in plan.groups}
         self.sampler = HostSampler(limits.vocab_size)
         self.known: set[int] = set()
+        self.texts: dict[int, list[int]] = {}
         self.swapped: dict[tuple[str, int], np.ndarray] = {}
         self.largest = 0
         self.queue: deque[tuple[int, StepBatch]] = deque()
@@ -129,19 +173,23 @@ class FakeExecutor:
             raise ExecutorError("the device is gone")
         for admission in batch.admit:
             self.sampler.admit(admission)
+            self.texts[admission.seq_id] = [*admission.prompt.tolist(), *admission.output.tolist()]
         for op in batch.ops:
             self._apply(op)
-        drawn = {}
+        drawn, asked = {}, {}
         for row in batch.all_rows(self.state_plan):
             self.rows += row.query_len
             token = self._forward(row)
+            if row.logits == "all":
+                ends, text = range(row.start + 1, row.start + row.query_len + 1), self.texts[row.seq_id]
+                asked[row.seq_id] = np.stack([logits_after(text[:end], self.limits.vocab_size) for end in ends])
             if row.sample:
                 logits = np.zeros((1, self.limits.vocab_size), np.float32)
                 logits[0, token] = 8
                 drawn[row.seq_id] = self.sampler.sample_rows([row.seq_id], logits, batch.masks)[0]
         for seq_id in batch.release:
             self.sampler.release(seq_id)
-        return StepOutput(drawn)
+        return StepOutput(drawn, asked)
 
     def _apply(self, op: StateOp) -> None:
         group = next(g for g in self.state_plan.groups if g.name == op.group)

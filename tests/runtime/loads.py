@@ -39,20 +39,23 @@ def greedy(count, **more):
     return GenerationParams(GREEDY, max_tokens=count, **more)
 
 
-def drain(core, results, finished, check=lambda core: None):
-    """Step to the end, or fail; tokens by request go to ``results``, ends to ``finished``."""
+def drain(core, results, finished, check=lambda core: None, scores=None):
+    """Step to the end, or fail; tokens by request go to ``results``, ends to ``finished``, reports to ``scores``."""
     for _ in range(2_000):
         if not core.has_work:
             return
-        step(core, results, finished)
+        step(core, results, finished, scores)
         check(core)
     raise AssertionError("the engine does not come to an end")
 
 
-def step(core, results, finished):
-    """One step."""
+def step(core, results, finished, scores=None):
+    """One step. ``scores``: what was reported of prompts, by request."""
     for output in core.step():
         assert output.request_id not in finished, "output after the end"
+        if output.prompt and scores is not None:
+            assert output.request_id not in scores, "a second report"
+            scores[output.request_id] = output.prompt
         results.setdefault(output.request_id, []).append(output.sampled.token)
         if output.finish_reason:
             finished[output.request_id] = output.finish_reason

@@ -1,17 +1,20 @@
 """Any load, any layout, any options: every request gets what it would get alone, ends once, and nothing leaks."""
 
+import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from llmopt.runtime.fairness import QueueOptions
 from llmopt.runtime.options import SchedulerOptions
+from llmopt.runtime.params import Grammar
 from llmopt.runtime.swap import SwapOptions
-from tests.runtime.fake import FakeExecutor, oracle, plan_of
+from tests.runtime.fake import FakeExecutor, Turns, logits_after, oracle, plan_of
 from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy, make, step, until
 
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 """Shrinking an engine's run takes minutes; a failing example says enough."""
+TURNS = Grammar("regex", "whatever the stand-in makes of it")
 KINDS = [("paged",), ("slots",), ("ring",), ("paged", "ring"), ("paged", "slots"), ("paged", "slots", "ring"), ()]
 STEMS = [[7] * 40, [7] * 16 + [8] * 24]
 """Prompts begin with a part of one of these, so that prefixes are shared."""
@@ -34,6 +37,8 @@ requests_of = st.lists(
             "salt": st.sampled_from(["", "", "", "x"]),
             "timeout": st.one_of(st.none(), st.none(), st.none(), st.floats(1, 40)),
             "repeat": st.sampled_from([1, 1, 2, 4]),
+            "scored": st.sampled_from([False, False, False, True]),
+            "masked": st.sampled_from([False, False, True]),
         }
     ),
     min_size=2,
@@ -81,36 +86,49 @@ def run_load(requests, options, kinds, blocks, tokens, longrope, data):
     depth, ranged = data.draw(st.integers(1, 2)), data.draw(st.booleans())
     more = {"ranged": ranged, "buckets": data.draw(st.sampled_from([(), (4, 16), (24,)]))}
     core = make(plan, counts, step=tokens, depth=depth, switch=switch, eos=eos, options=options, **more)
-    results, finished, cancelled, ids = {}, {}, set(), {}
+    core.constraints = Turns(VOCAB)
+    results, finished, scores, cancelled, ids = {}, {}, {}, set(), {}
     for now in range(31):
         for i, request in enumerate(requests):
             if request["start"] == now:
                 for copy in range(request["repeat"]):
                     more = {name: request[name] for name in ("priority", "tenant", "timeout")}
-                    params = greedy(request["count"], cache_salt=request["salt"], **more)
+                    more |= {"cache_salt": request["salt"], "grammar": TURNS if request["masked"] else None}
+                    params = greedy(request["count"], prompt_logprobs=1 if request["scored"] else None, **more)
                     ids[core.add(request["prompt"], params)] = (i, copy)
             if request["cancel"] == now:
                 for seq_id in [s for s, (which, _) in ids.items() if which == i]:
                     assert core.cancel(seq_id) == (seq_id not in finished.keys() | cancelled)
                     cancelled |= {seq_id} - finished.keys()
-        step(core, results, finished)
+        step(core, results, finished, scores)
         core.clock.advance(1.0)
         assert_sound(core)
-    drain(core, results, finished, assert_sound)
+    drain(core, results, finished, assert_sound, scores)
     assert finished.keys() | cancelled == set(ids), "a request has no end"
     assert not finished.keys() & cancelled
     for seq_id, (which, _) in ids.items():
         request = requests[which]
         count = min(request["count"], core.context - len(request["prompt"]))
-        expected = until(oracle(request["prompt"], count, plan, VOCAB, switch), eos)
+        expected = until(oracle(request["prompt"], count, plan, VOCAB, switch, request["masked"]), eos)
         got = results.get(seq_id, [])
         assert got == expected[: len(got)]
+        if request["scored"] and got:
+            assert_scored(request["prompt"], scores[seq_id])
         if finished.get(seq_id) == "DeadlineError":
             assert request["timeout"] is not None
         elif seq_id in finished:
             assert got == expected
             assert finished[seq_id] == ("stop" if expected[-1] in eos else "length")
+    assert not core.constraints.drawn
     assert_clean(core)
+
+
+def assert_scored(prompt, report):
+    """The log-probability of every token of a prompt but the first."""
+    assert [entry.token for entry in report] == prompt
+    for i, entry in enumerate(report[1:], 1):
+        row = logits_after(prompt[:i], VOCAB).astype(np.float64)
+        assert entry.logprob == pytest.approx(row[prompt[i]] - np.log(np.exp(row).sum()), abs=1e-5)
 
 
 @pytest.mark.parametrize(("buckets", "expected"), [((), 5), ((4, 8, 16), 6), ((4,), 5), ((5, 7), 5), ((30,), 12)])

@@ -5,44 +5,30 @@ import pytest
 
 from llmopt.runtime.core import EngineCore
 from llmopt.runtime.params import GenerationParams
-from llmopt.runtime.protocol import ExecutorLimits, SamplingParams, StepOutput
+from llmopt.runtime.protocol import ExecutorLimits, SamplingParams
 from llmopt.runtime.scheduler import SCORED_CHUNK
-from tests.runtime.fake import FakeExecutor, plan_of
+from tests.runtime.fake import FakeExecutor, logits_after, plan_of
 
 VOCAB, CONTEXT = 50, 256
 PLAN = plan_of("paged", context=CONTEXT)
 
 
-def logits_after(tokens):
-    """A row of logits that depends on all tokens so far."""
-    seed = int(np.dot(np.arange(1, len(tokens) + 1), tokens)) % 100_003
-    return np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32)
-
-
-class Scoring(FakeExecutor):
-    """Returns the logits of every row that asks for them."""
+class Watched(FakeExecutor):
+    """Keeps how many rows gave their logits at once."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.texts, self.chunks = {}, []
+        self.chunks = []
 
     def _run(self, batch):
-        for admission in batch.admit:
-            self.texts[admission.seq_id] = [*admission.prompt.tolist(), *admission.output.tolist()]
-        done, asked = super()._run(batch), {}
-        for row in batch.rows:
-            if row.logits == "all":
-                text = self.texts[row.seq_id]
-                rows = [logits_after(text[: row.start + i + 1]) for i in range(row.query_len)]
-                asked[row.seq_id] = np.stack(rows)
-                self.chunks.append(row.query_len)
-        return StepOutput(done.sampled, asked)
+        self.chunks += [row.query_len for row in batch.rows if row.logits == "all"]
+        return super()._run(batch)
 
 
 @pytest.mark.parametrize(("blocks", "flight"), [(200, 1), (200, 2), (52, 1)])
 def test_prompt_log_probabilities(blocks, flight):
     limits = ExecutorLimits(CONTEXT, 4, 128, {"paged0": blocks}, VOCAB, steps_in_flight=flight)
-    executor = Scoring(PLAN, limits)
+    executor = Watched(PLAN, limits)
     core = EngineCore(executor)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, VOCAB, n).tolist() for n in (150, 3, 1)]
@@ -62,7 +48,7 @@ def test_prompt_log_probabilities(blocks, flight):
         assert [s.token for s in report] == prompt
         assert report[0].logprob is None
         for i in range(1, len(prompt)):
-            row = logits_after(prompt[:i]).astype(np.float64)
+            row = logits_after(prompt[:i], VOCAB).astype(np.float64)
             logprobs = row - np.log(np.exp(row).sum())
             assert report[i].logprob == pytest.approx(logprobs[prompt[i]], abs=1e-5)
             assert [t for t, _ in report[i].top] == np.argsort(-logprobs)[:2].tolist()
