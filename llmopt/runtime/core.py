@@ -19,7 +19,7 @@ from llmopt.runtime.late import LateMasks
 from llmopt.runtime.options import SchedulerOptions
 from llmopt.runtime.params import GenerationParams, check_params, check_prompt, token_budget
 from llmopt.runtime.plan import Plan
-from llmopt.runtime.protocol import NO_TOKEN, Executor, Sampled, StepOutput
+from llmopt.runtime.protocol import NO_TOKEN, Executor, Sampled, StepBatch, StepOutput
 from llmopt.runtime.scheduler import Scheduler
 from llmopt.runtime.scoring import PromptScores
 from llmopt.runtime.sequence import Sequence as Scheduled
@@ -178,7 +178,8 @@ class EngineCore:
         self._steps += 1
         batch = plan.batch
         if plan.constrained:
-            batch = replace(batch, masks=self._masks(plan.constrained, self._steps))
+            masks = self._masks(plan.constrained, self._steps)
+            batch = StepBatch(batch.rows, batch.admit, batch.release, batch.ops, masks, batch.decode)
         ticket = self.executor.submit(batch)
         self._flight.append(_Flight(self._steps, ticket, plan, self.clock()))
 
