@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from llmopt.frontend.fills import slice_arguments
-from llmopt.ir.weights import Constant, Transposed, Weight
+from llmopt.ir.weights import Column, Constant, Transposed, Weight
 
 aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 FLIPS = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
@@ -18,6 +20,7 @@ def fold(graph: fx.Graph, table: dict[str, Weight]) -> None:
     """Apply every rewrite of this file, in place."""
     fold_scalars(graph, table)
     fold_transposes(graph, table)
+    fold_lookups(graph, table)
     fold_partial_ropes(graph)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
@@ -69,6 +72,38 @@ def swaps_last_axes(node: fx.Node) -> bool:
     if node.target is aten.transpose.int:
         return {axis % rank for axis in given[1:]} == {rank - 2, rank - 1}
     return [axis % rank for axis in given[1]] == [*range(rank - 2), rank - 1, rank - 2]
+
+
+def fold_lookups(graph: fx.Graph, table: dict[str, Weight]) -> None:
+    """Matches vector[index] of a weight and what is an index already. Replaces with an embedding of one column (scales
+    of experts)."""
+    for node in list(graph.find_nodes(op="call_function", target=aten.index.Tensor)):
+        source, indices = node.args[:2]
+        if not isinstance(source, fx.Node) or source.op != "get_attr" or len(table[str(source.target)].shape) != 1:
+            continue
+        if not isinstance(indices, list | tuple) or len(indices) != 1 or not is_index(indices[0]):
+            continue
+        name = f"{source.target}.column"
+        table[name] = Column(table[str(source.target)])
+        with graph.inserting_before(node):
+            column = graph.get_attr(name)
+            column.meta["val"] = source.meta["val"].new_empty((*source.meta["val"].shape, 1))
+            found = graph.call_function(aten.embedding.default, (column, indices[0]))
+            found.meta = dict(node.meta) | {"val": node.meta["val"].new_empty((*node.meta["val"].shape, 1))}
+            flat = graph.call_function(aten.squeeze.dim, (found, -1))
+            flat.meta = dict(node.meta)
+        node.replace_all_uses_with(flat)
+        graph.erase_node(node)
+
+
+def is_index(node: object) -> bool:
+    """Whether a value's elements are surely indices from 0 on: an input, or the choice of a topk."""
+    while isinstance(node, fx.Node) and node.target in VIEWS:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    chosen = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else None
+    return node.op == "placeholder" or (isinstance(chosen, fx.Node) and chosen.target is aten.topk.default)
 
 
 def fold_partial_ropes(graph: fx.Graph) -> None:

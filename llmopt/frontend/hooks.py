@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -136,6 +137,34 @@ def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     )
 
 
+class WholeSlices(TorchFunctionMode):
+    """Slicing that takes all of a tensor gives the tensor itself.
+
+    Models cut masks and rotary tables to the rows whose logits are wanted, which are all here: what a hook made would
+    come out as something that no hook knows.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """``x[:, 0:]`` is x; everything else is as it was."""
+        if func is Tensor.__getitem__ and takes_all(args[1]):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def takes_all(index: Any) -> bool:
+    """Whether an index is nothing but slices from the first to the last element."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(
+        isinstance(part, slice)
+        and (part.start is None or (type(part.start) is int and part.start == 0))
+        and part.stop is None
+        and part.step in (None, 1)
+        for part in parts
+    )
+
+
 def register() -> None:
     """Make ``llmopt`` an attention and an experts implementation transformers can be set to."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
@@ -159,7 +188,8 @@ def installed(state: Capture, modules: list[ModuleType]) -> Iterator[None]:
     try:
         for patch in patches:
             patch.start()
-        yield
+        with WholeSlices():
+            yield
     finally:
         for patch in reversed(patches):
             patch.stop()

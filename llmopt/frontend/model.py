@@ -88,8 +88,8 @@ def model_config(checkpoint: Checkpoint, model: PreTrainedModel, max_context: in
         )
     if max_context is None and limit is None:
         raise ConfigError("the model names no longest context", hint="give max_context")
-    eos = checkpoint.generation_config.get("eos_token_id", text.eos_token_id)
-    bos = checkpoint.generation_config.get("bos_token_id", text.bos_token_id)
+    eos = checkpoint.generation_config.get("eos_token_id", getattr(text, "eos_token_id", None))
+    bos = checkpoint.generation_config.get("bos_token_id", getattr(text, "bos_token_id", None))
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
     return ModelConfig(int(text.vocab_size), int(max_context or limit or 0), eos_ids, bos, checkpoint.config)
 

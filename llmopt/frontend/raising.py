@@ -70,7 +70,7 @@ def raise_modules(model: nn.Module, state: Capture, max_context: int) -> tuple[T
     for path, module in list(model.named_modules()):
         if is_rotary(module):
             found = probe_rotary(module, max_context, path)
-            replace(model, path, RotaryTable(found, tables, known, path))
+            replace(model, path, RotaryTable(module.config, found, tables, known, path))
         elif isinstance(module, Conv1D):
             replace(model, path, RaisedConv1D(module))
         elif hasattr(module, "has_gate") and hasattr(module, "_apply_gate"):
@@ -147,16 +147,11 @@ def raised_rope(function: FunctionType, tables: Tables) -> Callable[..., Any] | 
 def rotate(form: RopeForm, values: list[Tensor], cos: Tensor, sin: Tensor, axis: int) -> Any:
     """llmopt.rope of each tensor, heads in axis 1 (or 2, then turned)."""
     if axis == 2:
-        return tuple(
-            v.transpose(1, 2) for v in as_tuple(rotate(form, [v.transpose(1, 2) for v in values], cos, sin, 1))
-        )
+        values = [v.transpose(1, 2) for v in values]
     turned = tuple(form(v, cos, sin) for v in values)
+    if axis == 2:
+        turned = tuple(v.transpose(1, 2) for v in turned)
     return turned if form.tensors > 1 else turned[0]
-
-
-def as_tuple(value: Any) -> tuple[Any, ...]:
-    """A tuple of one for a single tensor."""
-    return value if isinstance(value, tuple) else (value,)
 
 
 @contextmanager

@@ -117,10 +117,13 @@ def run_copy(module: Any, name: str, kind: str | None, length: int, where: str) 
 class RotaryTable(nn.Module):
     """Stands in for a rotary module: cos and sin in its layout, over one llmopt.rotary_table op."""
 
-    def __init__(self, tables: dict[str | None, Table], made: Tables, known: dict[str, Tensor], path: str) -> None:
-        """``known`` receives the value of each buffer by its dotted name."""
+    def __init__(
+        self, config: Any, tables: dict[str | None, Table], made: Tables, known: dict[str, Tensor], path: str
+    ) -> None:
+        """``config``: the module's own, which models may ask for; ``known`` receives the value of each buffer by its
+        dotted name."""
         super().__init__()
-        self.tables, self.made = tables, made
+        self.config, self.tables, self.made = config, tables, made
         for kind, table in tables.items():
             for suffix, value in (("inv_freq", table.inv_freq), ("inv_freq_long", table.inv_freq_long)):
                 if value is not None:

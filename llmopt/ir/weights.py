@@ -97,6 +97,23 @@ class Transposed(Weight):
 
 
 @dataclass(frozen=True)
+class Column(Weight):
+    """A vector (N,) as a table (N, 1)."""
+
+    source: Weight
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", (*self.source.shape, 1))
+        object.__setattr__(self, "dtype", self.source.dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.source.read(start, stop)[:, None]
+
+    def parts(self) -> tuple[WeightPart, ...]:
+        return self.source.parts()
+
+
+@dataclass(frozen=True)
 class Concat(Weight):
     """Weights stacked along axis 0 (fused qkv, gate_up)."""
 

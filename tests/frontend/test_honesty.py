@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig
 
 from llmopt.errors import ConfigError, UnsupportedModelError
 from llmopt.frontend import capture, load_checkpoint
-from tests.architectures import CONTEXT, VOCAB, base, make_checkpoint, make_model
+from llmopt.frontend.fold import is_index
+from llmopt.frontend.hooks import takes_all
+from tests.architectures import CONTEXT, VOCAB, WINDOW, base, make_checkpoint, make_model
 from tests.frontend.running import captured_logits, eager_model, relative_error
 
 
@@ -23,6 +25,21 @@ def config(name: str, **values: Any) -> Callable[[], PreTrainedConfig]:
 
 
 REFUSED = {
+    # its config names no special tokens
+    "cpmant": (
+        config(
+            "CpmAntConfig",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_attention_heads=2,
+            dim_head=16,
+            dim_ff=64,
+            num_hidden_layers=2,
+            prompt_types=2,
+            segment_types=2,
+        ),
+        "cpmant.encoder.layers.0.self_att (CpmAntSelfAttentionBlock)",
+    ),
     "falcon": (config("FalconConfig", **base()), "transformer.h.0.self_attention (FalconAttention)"),
     "bloom": (
         config("BloomConfig", vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=2),
@@ -46,6 +63,27 @@ REFUSED = {
     ),
 }
 WORKING = {
+    "granite_swa": config("GraniteSWAConfig", **base(sliding_window=WINDOW, layer_rope_theta=[1e4, 1e6])),
+    # keys and values shared by layers, rows cut off that are wanted here, rotation of one tensor, scales of experts
+    "gemma4": config(
+        "Gemma4TextConfig",
+        **base(
+            head_dim=16,
+            global_head_dim=32,
+            sliding_window=WINDOW,
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_kv_shared_layers=2,
+            attention_k_eq_v=True,
+            vocab_size_per_layer_input=VOCAB,
+            hidden_size_per_layer_input=16,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=32,
+            final_logit_softcapping=3.0,
+        ),
+    ),
     "phi": config("PhiConfig", **base()),
     "gpt_bigcode": config("GPTBigCodeConfig", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT),
     "nemotron": config("NemotronConfig", **base()),
@@ -115,3 +153,22 @@ def test_short_contexts_compile(context: int, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = eager_model(path)(torch.full((1, context), 5)).logits
     assert relative_error(captured_logits(module, torch.full((1, context), 5)), expected) <= 1e-5
+
+
+def test_slices_that_take_everything() -> None:
+    for whole in (slice(None), slice(0, None), (slice(None), slice(0, None, 1))):
+        assert takes_all(whole)
+    for part in (slice(1, None), slice(None, 5), slice(None, None, 2), (slice(None), 0), (slice(None), None), ...):
+        assert not takes_all(part)
+
+
+def test_only_what_is_an_index_already_looks_a_vector_up() -> None:
+    """A mask, or a number that may be negative, is none."""
+
+    def step(ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        chosen = scores.topk(2)[1]
+        return ids.view(-1), chosen.view(-1), scores.topk(2)[0], ids - 1, scores > 0
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(step)(torch.ones(2, 3).long(), torch.ones(2, 4)).graph
+    outputs = next(iter(graph.find_nodes(op="output"))).args[0]
+    assert [is_index(node) for node in outputs] == [True, True, False, False, False]
