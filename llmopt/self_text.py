@@ -78,7 +78,7 @@ def generator(checkpoint: Checkpoint, sequences: int, length: int, device: torch
     passes = [build_pass("rewrite_kv_cache", {"layout": "paged"}), build_pass("prune_logits")]
     PassManager().run(module, passes, PassContext(load_target("reference").info, torch.float32))
     program = lower(module)
-    weights = {name: module.weights[name].tensor().to(device) for name in program.weights}
+    weights = {name: module.weights[name].tensor(device) for name in program.weights}
     options = LoadOptions(device=str(device), max_sequences=sequences, max_context=length)
     executor: Executor = load_executor_module("reference").ReferenceExecutor(program, weights, options)
     return executor

@@ -42,10 +42,10 @@ class Elsewhere(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run an operator on the tensors inside; its result is where its operands are, or where it is told to be."""
-        given, kwargs = (args, kwargs or {}), dict(kwargs or {})
-        name = func._schema.name.split("::")[1]
-        there = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, OnDevice)]
-        here = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor) and not isinstance(leaf, OnDevice)]
+        kwargs, name = dict(kwargs or {}), func._schema.name.split("::")[1]
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        there = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
+        here = [tensor for tensor in tensors if not isinstance(tensor, OnDevice)]
         told = kwargs.get("device")
         if told is not None and torch.device(told).type == DEVICE.type:
             kwargs["device"], to = torch.device("cpu"), True

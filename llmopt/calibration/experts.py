@@ -51,7 +51,7 @@ class Experts:
     @cached_property
     def everyone(self) -> Moments:
         """Of all tokens."""
-        return measure(self.group.rows(), self.width)
+        return self._measure(self.group.rows(), self.width)
 
     def rows(self, expert: int) -> Iterator[Tensor]:
         """The rows (n, C) routed to an expert, window by window."""
@@ -60,7 +60,7 @@ class Experts:
 
     def inputs(self, expert: int) -> tuple[Moments, int]:
         """Moments that an expert's first matrix is fitted to, and how many rows were its own."""
-        own = measure(self.rows(expert), self.width)
+        own = self._measure(self.rows(expert), self.width)
         return joined(own, self.everyone), own.rows
 
     def hidden(self, expert: int, gate_up: Tensor) -> Moments:
@@ -73,8 +73,11 @@ class Experts:
             for rows in pieces:
                 yield require_finite(gate(F.linear(rows, gate_up, added), self.activation), where)
 
-        everyone = measure(through(until(ENOUGH * self.inner, self.group.rows())), self.inner)
-        return joined(measure(through(self.rows(expert)), self.inner), everyone)
+        everyone = self._measure(through(until(ENOUGH * self.inner, self.group.rows())), self.inner)
+        return joined(self._measure(through(self.rows(expert)), self.inner), everyone)
+
+    def _measure(self, pieces: Iterable[Tensor], width: int) -> Moments:
+        return measure(pieces, width, self.group.walk.device)
 
     def rule(self, rows: int) -> Rule:
         """What an expert with so many rows of its own was fitted to, the wider of its matrices at least."""

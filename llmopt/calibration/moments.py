@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmopt.ir.samples import CPU
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -37,11 +39,11 @@ class Moments:
         return Moments(gram, sums, torch.maximum(self.largest, others.largest), self.rows + rows)
 
 
-def measure(pieces: Iterable[Tensor], width: int) -> Moments:
-    """Moments of inputs that come in pieces (T, K) of ``width`` K, fp32, on the device of the pieces."""
-    gram, sums, largest, rows = torch.zeros(width, width), torch.zeros(width), torch.zeros(width), 0
+def measure(pieces: Iterable[Tensor], width: int, device: torch.device = CPU) -> Moments:
+    """Moments of inputs that come in pieces (T, K) of ``width`` K, fp32, all on ``device``."""
+    gram, rows = torch.zeros(width, width, device=device), 0
+    sums, largest = torch.zeros(2, width, device=device)
     for x in pieces:
-        gram, sums, largest = gram.to(x.device), sums.to(x.device), largest.to(x.device)
         if not len(x):
             continue
         magnitude = x.abs()

@@ -53,7 +53,7 @@ class Group:
 
     def values_of(self, weight: Weight) -> Tensor:
         """A weight, fp32."""
-        return weight.tensor().to(self.walk.device).float()
+        return weight.tensor(self.walk.device).float()
 
     def expert(self, weight: Weight, index: int) -> Tensor:
         """An expert's matrix (N, K) or bias (N,) of a stack, fp32."""
@@ -99,7 +99,8 @@ class Statistics:
     def moments(self) -> Moments:
         """Of the input's K channels."""
         if self._found is None:
-            self._found = measure(self.group.rows(), int(self.group.input.meta["val"].shape[-1]))
+            width = int(self.group.input.meta["val"].shape[-1])
+            self._found = measure(self.group.rows(), width, self.group.walk.device)
         return self._found
 
     @property

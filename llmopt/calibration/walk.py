@@ -75,7 +75,7 @@ class Walk:
         piece = self._piece(stop)
         kept = self._needed(stop)
         weights = {
-            source: self.module.weights[str(source.target)].tensor().to(self.device)
+            source: self.module.weights[str(source.target)].tensor(self.device)
             for source in {s: None for node in piece for s in node.all_input_nodes if s.op == "get_attr"}
         }
         folder = self._folder(self.visited)
@@ -116,9 +116,7 @@ class Walk:
         tensors: dict[fx.Node, dict[str, Tensor]] = {}
         with safe_open(self._file(self.boundary, index), framework="pt") as opened:
             for name in list(opened.keys()):
-                found = opened.get_tensor(name)
-                on_device = found if name.endswith("|int") else found.to(self.device)
-                tensors.setdefault(by_name[name.split("|")[0]], {})[name] = on_device
+                tensors.setdefault(by_name[name.split("|")[0]], {})[name] = opened.get_tensor(name).to(self.device)
         values = {node: restore(node, found) for node, found in tensors.items()}
         for node in values.keys() & self.factors.keys():
             values[node] = (values[node] * self.factors[node]).to(values[node].dtype)

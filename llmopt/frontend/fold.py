@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from llmopt.frontend.fills import slice_arguments
+from llmopt.ir.folding import VIEWS
 from llmopt.ir.weights import Column, Constant, Transposed, Weight
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 FLIPS = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 

@@ -76,7 +76,7 @@ class Run:
         match arg:
             case fx.Node():
                 if arg.op == "get_attr" and arg not in self.values:
-                    self.values[arg] = self.module.weights[str(arg.target)].tensor().to(self.device)
+                    self.values[arg] = self.module.weights[str(arg.target)].tensor(self.device)
                 return self.values[arg]
             case torch.SymInt():
                 return int(arg.node.expr.xreplace(self.symbols))

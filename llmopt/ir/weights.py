@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmopt.ir.samples import CPU
 from llmopt.program import WeightPart
 
 
@@ -36,9 +37,9 @@ class Weight(ABC):
         """Bytes when materialized."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def tensor(self) -> Tensor:
-        """The whole tensor."""
-        return self.read(0, self.rows)
+    def tensor(self, device: torch.device = CPU) -> Tensor:
+        """The whole tensor, on a device."""
+        return self.read(0, self.rows).to(device)
 
     def chunks(self, max_bytes: int) -> Iterator[Tensor]:
         """Rows in order, each chunk at most ``max_bytes`` (at least one row)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,12 @@ def prove(
 ) -> dict[str, Any]:
     """Scores of ``built`` beside ``baseline`` on windows (m, length + 1), and each quantized call's output error, both
     computed on ``device``."""
-    scores, errors = Scores(), OutputErrors(built)
+    scores, errors, run = Scores(), OutputErrors(built), partial(logits, device=device)
     for index, window in enumerate(held_out):
         ids = window.numpy()
         errors.reset()
-        found = logits(built, window[:-1], errors.observe, device)
-        scores.add(ids, [(found.numpy(), logits(baseline, window[:-1], device=device).numpy())])
+        found = run(built, window[:-1], errors.observe)
+        scores.add(ids, [(found.numpy(), run(baseline, window[:-1]).numpy())])
         progress("proof", index + 1, len(held_out))
     result = summarize(scores)
     return result | {"window": held_out.shape[1] - 1, "layers": errors.layers()}
@@ -45,12 +46,12 @@ def sensitivity(built: Module, held_out: Tensor, progress: Progress, device: tor
     and window.
     """
     names = list(dict.fromkeys(name for name, _ in quantized_calls(built)))
-    exact = [logits(restored(built, keep=()), window[:-1], device=device).numpy() for window in held_out]
+    run = partial(logits, device=device)
+    exact = [run(restored(built, keep=()), window[:-1]).numpy() for window in held_out]
     found = {}
     for index, name in enumerate(names):
         alone = restored(built, keep=(name,))
-        made = (logits(alone, window[:-1], device=device).numpy() for window in held_out)
-        rows = [kl_divergence(*pair) for pair in zip(exact, made)]
+        rows = [kl_divergence(e, run(alone, window[:-1]).numpy()) for e, window in zip(exact, held_out)]
         found[name] = float(np.concatenate(rows).mean())
         progress("sensitivity", index + 1, len(names))
     return found
@@ -101,7 +102,7 @@ class OutputErrors:
             return
         if node.target == EMBEDDING_Q:
             ids = self.inputs[arguments(node)[3]]
-            made, exact = value, F.embedding(ids, self.module.originals[name].tensor().to(ids.device))
+            made, exact = value, F.embedding(ids, self.module.originals[name].tensor(ids.device))
         else:
             made, exact = self._linear(node, value) if node.target == LINEAR_Q else (value, self._experts(node))
         self.sums[name][0] += float((made - exact).double().pow(2).sum())
@@ -110,18 +111,17 @@ class OutputErrors:
     def _linear(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
         """A linear's result and that of its original weight, both without the bias."""
         given, (name,) = arguments(node), quantized_names(node)
-        exact = F.linear(self.inputs[unrounded(given[0])], self.module.originals[name].tensor().to(value.device))
-        if given[4] is None:
-            return value, exact
-        return value - self.module.weights[str(given[4].target)].tensor().to(value.device), exact
+        device = value.device
+        exact = F.linear(self.inputs[unrounded(given[0])], self.module.originals[name].tensor(device))
+        return value if given[4] is None else value - self.module.weights[str(given[4].target)].tensor(device), exact
 
     def _experts(self, node: fx.Node) -> Tensor:
         """The result of the experts' original weights."""
         given = arguments(node)
         routed = self.inputs[unrounded(given[0])], self.inputs[given[1]], self.inputs[given[2]]
         device = routed[0].device
-        weights = [self.module.originals[name].tensor().to(device) for name in quantized_names(node)]
-        biases = [None if b is None else self.module.weights[str(b.target)].tensor().to(device) for b in given[9:11]]
+        weights = [self.module.originals[name].tensor(device) for name in quantized_names(node)]
+        biases = [None if b is None else self.module.weights[str(b.target)].tensor(device) for b in given[9:11]]
         result: Tensor = moe_experts(*routed, *weights, *biases, given[11])
         return result
 

@@ -77,7 +77,7 @@ class MaskFiller:
     def __init__(self, words: int, ahead: bool) -> None:
         self._words, self._ahead = words, ahead
         self._workers = min(MOST_THREADS, (os.cpu_count() or 1) - 1)  # asking the system took 50 us, each step
-        self._room, self._at = np.zeros((0, words), np.uint32), 0
+        self._buffer, self._address = np.zeros((0, words), np.uint32), 0
         self._thread: _Thread | None = None
         self._pool: Any = None
 
@@ -98,17 +98,17 @@ class MaskFiller:
 
     def _fill(self, states: Sequence[State]) -> npt.NDArray[np.uint32]:
         """Masks (n, words); nothing is allowed where a grammar has failed, which ends that request and no other."""
-        if len(states) > len(self._room):
-            self._room = np.zeros((len(states), self._words), np.uint32)
-            self._at = self._room.ctypes.data
-        first, size = self._at, self._room.itemsize * self._words
+        if len(states) > len(self._buffer):
+            self._buffer = np.zeros((len(states), self._words), np.uint32)
+            self._address = self._buffer.ctypes.data
+        first, size = self._address, self._buffer.itemsize * self._words
         if len(states) < PARALLEL or self._workers < 2:
             for i, state in enumerate(states):
                 state.catch_up()
                 state.matcher.unsafe_compute_mask_ptr(first + i * size, size)
         else:
             self._fill_parallel(states, first, size)
-        masks = self._room[: len(states)].copy()  # whoever reads them may do so after the next ones are made
+        masks = self._buffer[: len(states)].copy()  # whoever reads them may do so after the next ones are made
         for i, state in enumerate(states):
             if state.matcher.is_error():
                 masks[i] = 0

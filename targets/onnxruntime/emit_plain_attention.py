@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from llmopt.ir.ops.rounding import LIMITS
 from llmopt.program import Arg, OpCall, Ref
 
 from .emitter import Emitter
 from .graph import onnx_type
 
 TENSOR_SCATTER_OPSET = 24
-CODES = 127
-"""Largest int8 code of a state, either way."""
 
 
 def scatter(e: Emitter, state: Arg, part: str, scale: Arg) -> str:
@@ -22,7 +21,7 @@ def scatter(e: Emitter, state: Arg, part: str, scale: Arg) -> str:
     if scale is not None:
         each = e.graph.node("Reshape", e.ref(scale), e.graph.const([1, 1, -1, 1]))
         values = e.graph.node("Div", e.graph.node("Cast", split, to=onnx_type("float32")), each)
-        limits = (e.graph.const(-CODES, "float32"), e.graph.const(CODES, "float32"))
+        limits = (e.graph.const(limit, "float32") for limit in (-LIMITS["int8"], LIMITS["int8"]))
         split = e.cast(e.graph.node("Round", e.graph.node("Clip", values, *limits)), "float32", "int8")
     update = e.graph.node("Transpose", split, perm=[0, 2, 1, 3])
     first = e.graph.node("Sub", last_positions(e), e.graph.node("Sub", rows_each(e, part), e.graph.const([1])))

@@ -52,6 +52,6 @@ def test_the_same_build_elsewhere(kind: str, embedded_model: Path, tmp_path: Pat
 def test_operands_on_two_devices_are_noticed() -> None:
     with Elsewhere():
         rows = torch.ones(2, 4, device=DEVICE)
-        assert measure([rows], 4).gram.device == DEVICE
+        assert measure([rows], 4, DEVICE).gram.device == DEVICE
         with pytest.raises(AssertionError, match="mixes devices"):
-            measure([rows], 4).gram @ torch.ones(4, 4)
+            measure([rows], 4, DEVICE).gram @ torch.ones(4, 4)

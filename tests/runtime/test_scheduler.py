@@ -14,7 +14,7 @@ from tests.runtime.loads import VOCAB, assert_clean, assert_sound, drain, greedy
 
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 """Shrinking an engine's run takes minutes; a failing example says enough."""
-TURNS = Grammar("regex", "whatever the stand-in makes of it")
+GRAMMAR = Grammar("regex", "whatever the stand-in makes of it")
 KINDS = [("paged",), ("slots",), ("ring",), ("paged", "ring"), ("paged", "slots"), ("paged", "slots", "ring"), ()]
 STEMS = [[7] * 40, [7] * 16 + [8] * 24]
 """Prompts begin with a part of one of these, so that prefixes are shared."""
@@ -93,7 +93,7 @@ def run_load(requests, options, kinds, blocks, tokens, longrope, data):
             if request["start"] == now:
                 for copy in range(request["repeat"]):
                     more = {name: request[name] for name in ("priority", "tenant", "timeout")}
-                    more |= {"cache_salt": request["salt"], "grammar": TURNS if request["masked"] else None}
+                    more |= {"cache_salt": request["salt"], "grammar": GRAMMAR if request["masked"] else None}
                     params = greedy(request["count"], prompt_logprobs=1 if request["scored"] else None, **more)
                     ids[core.add(request["prompt"], params)] = (i, copy)
             if request["cancel"] == now:

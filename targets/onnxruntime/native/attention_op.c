@@ -95,24 +95,18 @@ static OrtStatus *compute(void *kernel, OrtContext *context) {
     return p.rows ? run_pass(api, context, &p, in[LENGTHS].dims[0]) : NULL;
 }
 
-Operator cached_attention = {
-    .abi = {.CreateKernelV2 = create, .KernelComputeV2 = compute, .KernelDestroy = destroy},
-    .name = "CachedAttention",
-    .inputs = SINKS + 1,
-    .required = 1,
-    .outputs = 3,
-    .types = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT,
-              ORT_INT64, ORT_FLOAT, ORT_FLOAT},
-    .made = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-};
+/* The operator over states of a type; its last inputs are the scales of codes. */
+#define ATTENTION(title, count, state)                                                                       \
+    {                                                                                                        \
+        .abi = {.CreateKernelV2 = create, .KernelComputeV2 = compute, .KernelDestroy = destroy},             \
+        .name = title,                                                                                       \
+        .inputs = count,                                                                                     \
+        .required = 1,                                                                                       \
+        .outputs = 3,                                                                                        \
+        .types = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, state, state, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT, \
+                  ORT_INT64, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},                                    \
+        .made = {ORT_FLOAT, state, state},                                                                   \
+    }
 
-Operator coded_attention = {
-    .abi = {.CreateKernelV2 = create, .KernelComputeV2 = compute, .KernelDestroy = destroy},
-    .name = "CodedAttention",
-    .inputs = VALUE_SCALE + 1,
-    .required = 1,
-    .outputs = 3,
-    .types = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT8, ORT_INT8, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT,
-              ORT_INT64, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-    .made = {ORT_FLOAT, ORT_INT8, ORT_INT8},
-};
+Operator cached_attention = ATTENTION("CachedAttention", SINKS + 1, ORT_FLOAT);
+Operator coded_attention = ATTENTION("CodedAttention", VALUE_SCALE + 1, ORT_INT8);

@@ -132,7 +132,7 @@ def test_unwritten_slots_are_not_read(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("native", [True, False])
 def test_codes_lose_what_they_lose(native: bool) -> None:
-    """Negative control: the comparison tells codes from numbers, and one scale from another."""
+    """Negative control: the comparison tells codes from numbers."""
     plain = reference(Attention())
     assert 1e-3 < worst(logits(emitted(Attention(codes=True), native)), plain) < 0.1
 
