@@ -40,7 +40,7 @@ demo: $(STAMP) ## Compile the embedded model, show what was done, generate text 
 lint: $(STAMP) ## Format, lint, types, import contracts, benchmark pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror targets/onnxruntime/native/*.[ch]
+	$(BIN)/clang-format --dry-run --Werror targets/onnxruntime/native/*.[ch] targets/cuda/kernels/*.cu*
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/render.py --check

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, TypeAlias
 
 from llmopt.errors import ArtifactError
@@ -92,7 +93,8 @@ class Cubin:
 class Launch:
     """One kernel launch. ``pdl``: programmatic dependent launch after the one before it.
 
-    ``bytes``: device memory it must move at least (its floor); ``scope`` the module path it came from.
+    ``bytes``: device memory it must move at least (its floor); ``scope`` the module path it came from. ``resident``:
+    its programs wait for each other, so that all must run at once, one a multiprocessor.
     """
 
     kernel: str
@@ -101,6 +103,7 @@ class Launch:
     pdl: bool = False
     bytes: int = 0
     scope: str = ""
+    resident: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,12 @@ class LaunchPlan:
     def arena_bytes(self) -> int:
         """Bytes of the one arena that serves every bucket."""
         return max((b.arena_bytes for b in self.buckets), default=0)
+
+    @property
+    def resident(self) -> int:
+        """Multiprocessors that a GPU must have: programs that wait for each other in the largest such launch."""
+        launches = (launch for bucket in self.buckets for launch in bucket.launches)
+        return max((prod(launch.grid) for launch in launches if launch.resident), default=0)
 
     def to_json(self) -> str:
         """Canonical text: equal plans give equal bytes."""

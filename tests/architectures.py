@@ -188,7 +188,9 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, see
     return model
 
 
-def make_checkpoint(name: str, path: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """Save a random checkpoint of an architecture as safetensors at ``path``; returns it."""
-    make_model(ARCHITECTURES[name](), dtype, seed).save_pretrained(path)
+def make_checkpoint(name: str, path: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
+    """Save a random checkpoint of an architecture, its config changed, as safetensors at ``path``; returns it."""
+    config = ARCHITECTURES[name]()
+    config.update(changes)
+    make_model(config, dtype, seed).save_pretrained(path)
     return path

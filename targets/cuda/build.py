@@ -12,7 +12,7 @@ from llmopt.program import Function, Program, TensorType, eval_shape
 from llmopt.target import BuildContext, TargetFiles, WeightReader
 
 from .cache import Compiled, CubinCache, Job
-from .compile import assembler_major, compile_all, compiler_version
+from .compile import compile_all, compiler_version, toolkit_major
 from .feedback import KEPT, with_feedback
 from .kernel import Kernel, Specialization
 from .options import CudaOptions
@@ -62,7 +62,7 @@ def build(
     files: dict[str, bytes] = {}
     notes: dict[str, Any] = {
         "triton": version,
-        "cuda": assembler_major(options.archs),
+        "cuda": toolkit_major(options.archs, (spec for _, spec in jobs)),
         "archs": list(options.archs),
         "proven": {f"sm_{plan.arch}": proven(plan.arch, plan.specializations()) for plan in plans},
         "tuning": {f"sm_{arch}": tables[arch].note(f"triton {version}") for arch in options.archs},
@@ -101,7 +101,7 @@ def plan_arch(
     plans = []
     for function, dims in buckets(program, options):
         fast = options.accumulates_fast(function.name)
-        plans.append(plan_bucket(program, function, dims, arch, select, tuning, fast))
+        plans.append(plan_bucket(program, function, dims, arch, select, tuning, fast, options.linear_chains))
     return ArchPlan(arch, tuple(plans))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from llmopt.lower.cache import cache_folder, write_aside
 
 from .kernel import Specialization
+from .nvrtc import nvrtc_version, sources
 
 FORMAT = "1"
 
@@ -50,15 +51,20 @@ class Job:
     def identity(self) -> str:
         """Digest of what is asked for, whatever the source and compiler."""
         spec = {**asdict(self.specialization), "module": short_name(self.specialization.module), "arch": self.arch}
-        if not spec["registers"]:
-            del spec["registers"]
+        for name in ("registers", "source", "shared"):  # newer than the digests that tables and logs hold
+            if not spec[name]:
+                del spec[name]
         return digest(json.dumps(spec, sort_keys=True))
 
     def parts(self) -> dict[str, str]:
         """What the cubin depends on beside its identity."""
+        module, source = self.specialization.module, self.specialization.source
+        if source:
+            text = json.dumps(sources(module, source))
+            compiler = source_digest(f"{__package__}.nvrtc")
+            return {"source": digest(text), "nvrtc": nvrtc_version(), "worker": compiler, "format": FORMAT}
         worker = source_digest(f"{__package__}.worker")
-        source = source_digest(self.specialization.module)
-        return {"source": source, "triton": self.compiler, "worker": worker, "format": FORMAT}
+        return {"source": source_digest(module), "triton": self.compiler, "worker": worker, "format": FORMAT}
 
     def key(self) -> str:
         """Name of the cache entry."""
@@ -151,8 +157,13 @@ class CubinCache:
         changed = [name for name, value in job.parts().items() if last.get(name) != value]
         if not changed:
             return "its cache entry was removed"
+        spec = job.specialization
+        file = (
+            f"{spec.source} or what it includes" if spec.source else f"{short_name(spec.module)}.py or what it imports"
+        )
         words = {
-            "source": f"{short_name(job.specialization.module)}.py or what it imports changed",
+            "source": f"{file} changed",
+            "nvrtc": "NVRTC became another version",
             "triton": f"Triton {last.get('triton')} became {job.compiler}",
             "worker": "the compile worker changed",
             "format": "the cache's format changed",

@@ -18,6 +18,8 @@ from typing import IO, Any
 from llmopt.errors import ResourceError, TargetError
 
 from .cache import Compiled, CubinCache, Job
+from .kernel import Specialization
+from .nvrtc import nvrtc_version
 
 Progress = Callable[[str, int, int], None]
 
@@ -31,12 +33,14 @@ def compiler_version() -> str:
         raise ResourceError("target cuda compiles with triton, which is not installed", hint=hint) from error
 
 
-def assembler_major(archs: Iterable[int]) -> int:
-    """Major CUDA version of the assembler Triton uses for these archs: what the driver must support."""
+def toolkit_major(archs: Iterable[int], specializations: Iterable[Specialization]) -> int:
+    """Major CUDA version that the driver must support: of the assembler Triton uses for these archs, and of NVRTC where
+    kernels are CUDA C++."""
     from triton import knobs  # type: ignore[import-untyped]
 
     tools = [knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas for arch in archs]
-    return max(int(tool.version.partition(".")[0]) for tool in tools)
+    versions = [tool.version for tool in tools] + [nvrtc_version() for spec in specializations if spec.source]
+    return max(int(version.partition(".")[0]) for version in versions)
 
 
 def environment(folder: str) -> dict[str, str]:
@@ -86,7 +90,7 @@ class Worker:
             raise TargetError(f"the compile worker died: {words}", where=job.label)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise TargetError(f"Triton refused the kernel: {answer['error'][:2000]}", where=job.label)
+            raise TargetError(f"the compiler refused the kernel: {answer['error'][:2000]}", where=job.label)
         maps = tuple((tuple(box), swizzle) for box, swizzle in answer.pop("tensor_maps"))
         return Compiled(out.read_bytes(), **answer, tensor_maps=maps)
 

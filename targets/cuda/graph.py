@@ -37,6 +37,10 @@ class Graph:
         """Whether a value's type is what the tensor cores multiply without loss."""
         return self.function.types[name].dtype in ("bfloat16", "float16")
 
+    def types_of(self, name: str) -> TensorType:
+        """A value's type, new and changed ones too."""
+        return self.types.get(name) or self.function.types[name]
+
     def finish(self) -> Function:
         """The function with every replacement in place; ``types`` are those of new and changed values."""
         calls = tuple(call for place in self.places for call in place)

@@ -65,7 +65,8 @@ class Specialization:
 
     ``signature``: Triton type of each runtime parameter in order (``*bf16``, ``i32``, ``fp32``, …); pointers are
     16-byte aligned unless named in ``unaligned``. ``constexprs``: compile-time parameters. ``registers``: of a thread
-    at most where programs must fit beside each other, 0 for as many as there are.
+    at most where programs must fit beside each other, 0 for as many as there are. ``source``: file of CUDA C++ beside
+    the module that holds the function, with ``shared`` bytes of memory; constexprs are its macros.
     """
 
     module: str
@@ -77,6 +78,8 @@ class Specialization:
     pdl: bool = False
     unaligned: tuple[str, ...] = ()
     registers: int = 0
+    source: str = ""
+    shared: int = 0
 
 
 Argument = Strided | Scratch | TmaOperand | int | float
@@ -84,12 +87,14 @@ Argument = Strided | Scratch | TmaOperand | int | float
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """A launch in terms of the call's values: ``args`` follow the specialization's signature."""
+    """A launch in terms of the call's values: ``args`` follow the specialization's signature; ``resident`` as in the
+    runtime's Launch."""
 
     specialization: Specialization
     grid: tuple[int, int, int]
     args: tuple[Argument, ...]
     bytes: int = 0
+    resident: bool = False
 
 
 @dataclass(frozen=True)

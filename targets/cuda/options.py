@@ -24,7 +24,8 @@ class CudaOptions:
     does not say, those of the default that fit the largest of ``extend_buckets``. ``jobs``: compile processes (0: one
     a core). ``tuning``: a table by ``llmopt tune`` instead of the built-in one. ``fp8_fast_accumulation``: in which
     steps the tensor cores of sm_90 may sum all of K of FP8 products, in fewer bits than fp32: ``never``, ``prefill``
-    (prefill and mixed steps, decodes in them too) or ``always``.
+    (prefill and mixed steps, decodes in them too) or ``always``. ``linear_chains``: linears of one row may run in one
+    launch, whose programs need a multiprocessor each (chain.py); false for parts of a GPU.
     """
 
     archs: tuple[int, ...] = (90,)
@@ -34,6 +35,7 @@ class CudaOptions:
     jobs: int = 0
     tuning: Path | None = None
     fp8_fast_accumulation: str = NEVER
+    linear_chains: bool = True
 
     def accumulates_fast(self, function: str) -> bool:
         """Whether linears over FP8 codes may, in the steps of a function: ``decode`` or ``extend``."""
@@ -48,10 +50,12 @@ def parse_options(raw: Mapping[str, Any]) -> CudaOptions:
             close = get_close_matches(key, known)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown option {key!r} of target cuda", where="target_options", hint=hint)
-    others = ("jobs", "tuning", "fp8_fast_accumulation")
+    others = ("jobs", "tuning", "fp8_fast_accumulation", "linear_chains")
     values: dict[str, Any] = {key: counts(key, value) for key, value in raw.items() if key not in others}
     if "fp8_fast_accumulation" in raw:
         values["fp8_fast_accumulation"] = word("fp8_fast_accumulation", raw["fp8_fast_accumulation"])
+    if "linear_chains" in raw:
+        values["linear_chains"] = switch("linear_chains", raw["linear_chains"])
     if "jobs" in raw:
         values["jobs"] = natural("jobs", raw["jobs"], 0)
     if "tuning" in raw:
@@ -97,6 +101,13 @@ def word(key: str, value: Any, known: tuple[str, ...] = (NEVER, PREFILL, ALWAYS)
     """One of the words that are known."""
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"expected one of {', '.join(known)}, found {value!r}", where=f"target_options.{key}")
+    return value
+
+
+def switch(key: str, value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"expected true or false, found {value!r}", where=f"target_options.{key}")
     return value
 
 

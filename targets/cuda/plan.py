@@ -76,10 +76,11 @@ def plan_bucket(
     select: Selector,
     tuning: Mapping[str, Mapping[str, Any]],
     fast: bool = False,
+    chains: bool = True,
 ) -> BucketPlan:
     """Join calls, and choose kernels for every one that moves data. ``fast``: FP8 products may be summed with fast
-    accumulation. Raises TargetError for a call nothing serves."""
-    function = fused(function, dims, select.ops, arch, fast)
+    accumulation; ``chains``: linears of one row may share a launch. Raises TargetError for a call nothing serves."""
+    function = fused(function, dims, select.ops, arch, fast, chains)
     values = {name: dense(name, w.type.dtype, eval_shape(w.type.shape, {})) for name, w in program.weights.items()}
     for name in (*function.inputs, *KEPT):
         kind = function.types[name]
@@ -201,7 +202,8 @@ def place(plan: BucketPlan, zero_bytes: int, kernel_name: Callable[[Specializati
         end = max([end, *(offsets[x.buffer] + span_bytes(x) for x in whole)])
         grid, moved, scope = planned.launch.grid, planned.launch.bytes, planned.call.scope
         graph = planned.call.op if planned.call.op in launches else ""
-        launches[graph].append(Launch(kernel_name(spec), grid, args, spec.pdl, moved, scope))
+        resident = planned.launch.resident
+        launches[graph].append(Launch(kernel_name(spec), grid, args, spec.pdl, moved, scope, resident))
     return Bucket(
         function=plan.function.name,
         dims=dict(sorted(plan.dims.items())),

@@ -15,11 +15,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from .nvrtc import compile_source
+
 SWIZZLE_BYTES = (0, 32, 64, 128)
 
 
 def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compile one specialization; the cubin goes to ``job["out"]``."""
+    if job["source"]:
+        cubin = compile_source(job)
+        Path(job["out"]).write_bytes(cubin)
+        registers, spills = resources(cubin, job["function"], folder)
+        threads, shared = 32 * job["num_warps"], job["shared"]
+        return {"symbol": job["function"], "threads": threads, "shared": shared, "registers": registers,
+                "spills": spills, "tensor_maps": []}  # fmt: skip
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
     from triton.compiler import ASTSource, compile  # type: ignore[import-untyped]
     from triton.experimental.gluon._runtime import GluonASTSource  # type: ignore[import-untyped]

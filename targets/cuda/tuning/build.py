@@ -16,7 +16,7 @@ from llmopt.program import OpCall, Program, dtype_bytes
 
 from ..build import buckets
 from ..cache import Compiled, CubinCache, Job
-from ..compile import assembler_major, compile_all, compiler_version
+from ..compile import compile_all, compiler_version, toolkit_major
 from ..kernel import CallSite, Kernel, KernelLaunch, Scratch, Selection, Strided, TmaOperand
 from ..kernels.moe_q import unpacked
 from ..options import CudaOptions
@@ -230,7 +230,7 @@ def build_bundle(folder: Path, cases: list[Case], arch: int, progress: Progress,
     version = compiler_version()
     jobs = {x.specialization: Job(x.specialization, arch, version) for c in cases for x in c.selection.launches}
     compiled = compile_all(jobs.values(), CubinCache(), progress, workers)
-    bundle = Bundle(folder, arch, f"triton {version}", assembler_major((arch,)))
+    bundle = Bundle(folder, arch, f"triton {version}", toolkit_major((arch,), ()))
     for case in cases:
         kernels = [compiled[jobs[x.specialization]] for x in case.selection.launches]
         if any(kernel.shared > SHARED for kernel in kernels):

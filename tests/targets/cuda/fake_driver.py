@@ -29,6 +29,7 @@ class FakeDriver:
     version: int = 13000
     free: int = 1 << 32
     faults: Mapping[str, tuple[int, Any]] = field(default_factory=dict)
+    multiprocessors: int = 132
     memory: dict[int, Any] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     dead: Any = None
@@ -80,6 +81,8 @@ class FakeDriver:
         return self.visible()[device][0].encode().ljust(size, b"\0")
 
     def do_cuDeviceGetAttribute(self, attribute: Any, device: int) -> int:
+        if attribute == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+            return self.multiprocessors
         major = attribute == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
         return divmod(self.visible()[device][1], 10)[not major]
 

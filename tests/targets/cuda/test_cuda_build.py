@@ -40,6 +40,7 @@ FEED = Specialization(
         ({"fp8_fast_accumulation": "decode"}, "expected one of never, prefill, always, found 'decode'"),
         ({"fp8_fast_accumulation": True}, "expected one of never, prefill, always, found True"),
         ({"fp8_fast_accumulation": ["always"]}, "expected one of never"),
+        ({"linear_chains": 1}, "expected true or false, found 1"),
         ({"fp8_fast_accumulate": "always"}, "did you mean fp8_fast_accumulation"),
         ({"extend_buckets": [16], "extend_sequences": [1, 32]}, r"32 sequences do not fit .* 16 rows.*add an entry"),
     ],

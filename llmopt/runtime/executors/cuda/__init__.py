@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llmopt.artifact.digest import sha256
 from llmopt.errors import ArtifactError, LlmoptError
 from llmopt.launch import LaunchPlan, plan_file
-from llmopt.runtime.executors.cuda.driver import call, check_driver, open_device, pick_arch
+from llmopt.runtime.executors.cuda.driver import call, check_driver, check_multiprocessors, open_device, pick_arch
 from llmopt.runtime.executors.cuda.executor import CudaExecutor
 from llmopt.runtime.executors.cuda.gpu import GpuBackend, layout
 from llmopt.runtime.executors.cuda.layout import Budget, describe_states, size_blocks, weights_region
@@ -56,6 +56,7 @@ def load(artifact: Artifact, options: LoadOptions) -> CudaExecutor:
     arch = pick_arch(device.arch, tuple(notes["archs"]))
     stages.end("device")
     plan = LaunchPlan.from_json(artifact.file(plan_file(arch)).read_text("utf-8"))
+    check_multiprocessors(device, plan.resident)
     program = plan.stored(artifact.program)
     context = min(options.max_context or program.max_context, program.max_context)
     where = layout(plan, weights_region(program))

@@ -60,6 +60,7 @@ class Device:
     arch: int
     driver: int
     context: Any
+    multiprocessors: int
 
     def free_bytes(self) -> tuple[int, int]:
         """Free and total device memory."""
@@ -96,10 +97,11 @@ def open_device(text: str) -> Device:
     attribute = cu.CUdevice_attribute
     major = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle)
     minor = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle)
+    count = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle)
     name = bytes(call("cuDeviceGetName", 128, handle)).split(b"\0")[0].decode()
     context = call("cuDevicePrimaryCtxRetain", handle)
     call("cuCtxSetCurrent", context)
-    return Device(index, name, 10 * major + minor, call("cuDriverGetVersion"), context)
+    return Device(index, name, 10 * major + minor, call("cuDriverGetVersion"), context, count)
 
 
 def pick_arch(device: int, built: tuple[int, ...]) -> int:
@@ -115,6 +117,16 @@ def pick_arch(device: int, built: tuple[int, ...]) -> int:
     held = ", ".join(f"sm_{a}" for a in built) or "none"
     hint = f"recompile with target_options: {{archs: [{device}]}}"
     raise ResourceError(f"this GPU is sm_{device}, the artifact holds kernels for {held}", hint=hint)
+
+
+def check_multiprocessors(device: Device, needed: int) -> None:
+    """Raises ResourceError when a GPU, or the part of it that this process has, is too small for programs that wait for
+    each other."""
+    if device.multiprocessors < needed:
+        what = (
+            f"{device.name} has {device.multiprocessors} multiprocessors, the artifact's kernels need {needed} at once"
+        )
+        raise ResourceError(what, hint="recompile with target_options: {linear_chains: false}")
 
 
 def check_driver(driver: int, toolkit: int) -> None:

@@ -38,6 +38,9 @@ BUCKETS = "target_options: {decode_buckets: [4], extend_buckets: [16], extend_se
 FAST = BUCKETS.replace("extend_buckets: [16]", "extend_buckets: [128], fp8_fast_accumulation: prefill")
 """With fast accumulation, for which a step must have more than 64 rows, real or not."""
 TARGET = ("target: cuda\n", "target: reference\n")
+ONE = BUCKETS.replace("decode_buckets: [4]", "decode_buckets: [1]")
+CHAINED = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+"""Rows of whole chunks of 128 columns, and a step of one row."""
 SKEW = {"skewed": (4.0,), "empty": (4.0, 3.0)}
 """Router weights of the first experts on the channel that is large and positive in every token: under ``skewed`` one
 expert is everyone's first choice, under ``empty`` two are everyone's choice and the others get no token."""
@@ -138,9 +141,12 @@ def build_coded(case: str, folder: Path) -> None:
         elif architecture == "llama_wide":
             config = LlamaConfig(**base(hidden_size=WIDE_K // 8, intermediate_size=WIDE_K))
             make_model(config, torch.bfloat16).save_pretrained(checkpoint)
+        elif architecture == "llama_chain":
+            make_checkpoint("llama", checkpoint, torch.bfloat16, **CHAINED)
         else:
             make_checkpoint(architecture, checkpoint, torch.bfloat16)
-        build(case, checkpoint, QUANTIZERS[quantizer], folder, FAST if quantizer == "fp8_fast" else BUCKETS)
+        options = {"llama_chain": ONE, "llama_wide": FAST if quantizer == "fp8_fast" else BUCKETS}
+        build(case, checkpoint, QUANTIZERS[quantizer], folder, options.get(architecture, BUCKETS))
 
 
 def main(folder: Path, wanted: list[str]) -> None:

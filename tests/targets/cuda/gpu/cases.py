@@ -19,10 +19,12 @@ CODED = (
     "llama-int4", "llama-zeros", "llama-int8", "llama-fp8_weights", "llama-fp8", "llama-w8a8", "qwen3-kv_fp8",
     "llama-tied-kv_int8", "mixtral-int4", "gpt_oss-mxfp4", "llama_wide-fp8", "llama_wide-fp8_fast",
     "llama_wide-int4_128", "llama_wide-zeros_64", "llama_wide-kv_fp8", "llama_wide-kv_int8",
+    "llama_chain-int4_128", "llama_chain-fp8", "llama_chain-w8a8",
 )  # fmt: skip
 """Models over codes: of weights, of activations too, of keys and values, of experts, as stored by a gpt-oss; and one
 whose sums are long, with FP8 sums that leave the tensor cores every 128 columns and with fast accumulation, and with
-int4 in groups large enough for ``gemm_q_few``; its keys and values lie in blocks that descriptors read."""
+int4 in groups large enough for ``gemm_q_few``; its keys and values lie in blocks that descriptors read. The last decode
+one sequence at a time, whose linears are chains."""
 
 WIDE_K = 4096
 """Columns of the longest sums of ``llama_wide``, and of ``test_many_columns`` in the kernel suite."""

@@ -120,8 +120,10 @@ def place(memory: Memory, name: str, value: Any) -> Any:
 
 
 def interpretable(spec: Specialization) -> Any:
-    """The function of a specialization; of one in Gluon, which the interpreter does not run, its twin in Triton."""
+    """The function of a specialization; of one in Gluon or CUDA C++, which the interpreter does not run, its twin."""
     module = importlib.import_module(spec.module)
+    if spec.source:
+        return module.TWIN
     function = getattr(module, spec.function)
     return module.TWIN if getattr(function, "is_gluon", bool)() else function
 
