@@ -12,6 +12,7 @@ from llmopt.program import Function, Program, TensorType, eval_shape
 from llmopt.target import BuildContext, TargetFiles, WeightReader
 
 from .cache import Compiled, CubinCache, Job
+from .chain import CHAIN
 from .compile import compile_all, compiler_version, toolkit_major
 from .feedback import KEPT, with_feedback
 from .kernel import Kernel, Specialization
@@ -162,17 +163,25 @@ def with_maps(bucket: Bucket, maps: Mapping[str, tuple[tuple[tuple[int, ...], in
     return replace(bucket, launches=tuple(fix(launch) if maps[launch.kernel] else launch for launch in bucket.launches))
 
 
+def place_of(bucket: BucketPlan) -> str:
+    """A bucket's name in the notes."""
+    return " ".join([bucket.function.name, "x".join(str(bucket.dims[d]) for d in ("T", "N"))])
+
+
 def choices(plan: ArchPlan) -> dict[str, dict[str, Any]]:
     """For each function and op: which kernel serves it, where, why, and what the others said."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     refused: dict[tuple[str, str, str, str], tuple[str, ...]] = {}
     for bucket in plan.buckets:
-        rows = "x".join(str(bucket.dims[d]) for d in ("T", "N"))
         for call, choice in bucket.choices:
-            key = (f"{bucket.function.name} {rows}", call.op, choice.kernel, choice.selection.reason)
+            key = (place_of(bucket), call.op, choice.kernel, choice.selection.reason)
             counts[key] += 1
             refused[key] = choice.refused
     found: dict[str, dict[str, Any]] = {}
+    for bucket in plan.buckets:
+        if bucket.apart:
+            entry = {"kernel": "none", "reason": f"linears apart: {bucket.apart}", "calls": 0, "others": []}
+            found.setdefault(place_of(bucket), {})[CHAIN] = [entry]
     for (where, op, kernel, reason), count in counts.items():
         entry = {"kernel": kernel, "reason": reason, "calls": count, "others": list(refused[where, op, kernel, reason])}
         found.setdefault(where, {}).setdefault(op, []).append(entry)

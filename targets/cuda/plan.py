@@ -11,6 +11,7 @@ from llmopt.launch import Bucket, Launch, Operand, Pointer, Scalar, TensorMap, V
 from llmopt.lower.memory import ALIGNMENT, Interval, plan_memory
 from llmopt.program import Function, OpCall, Program, dtype_bytes, eval_shape
 
+from .chain import CHAIN
 from .feedback import DRAWN, GREEDY, KEPT, REPORTS, SAMPLE
 from .fusion import ATTENTION, fused
 from .kernel import CallSite, KernelLaunch, Scratch, Specialization, Strided, TmaOperand
@@ -52,7 +53,8 @@ class PlannedLaunch:
 
 @dataclass
 class BucketPlan:
-    """What planning a bucket found: launches before addresses are known, buffers, and each call's choice."""
+    """What planning a bucket found: launches before addresses are known, buffers, each call's choice, and why chains of
+    linears were left apart."""
 
     function: Function
     dims: dict[str, int]
@@ -61,6 +63,7 @@ class BucketPlan:
     zeroed: dict[str, int]
     outputs: dict[str, Strided]
     choices: list[tuple[OpCall, Choice]] = field(default_factory=list)
+    apart: str = ""
 
     @property
     def zero_bytes(self) -> int:
@@ -79,7 +82,32 @@ def plan_bucket(
     chains: bool = True,
 ) -> BucketPlan:
     """Join calls, and choose kernels for every one that moves data. ``fast``: FP8 products may be summed with fast
-    accumulation; ``chains``: linears of one row may share a launch. Raises TargetError for a call nothing serves."""
+    accumulation; ``chains``: linears of one row may share a launch, unless the kernel refuses it: then ``apart`` of the
+    plan says why. Raises TargetError for a call nothing serves."""
+    if chains:
+        try:
+            return plan_joined(program, function, dims, arch, select, tuning, fast, True)
+        except UnservedChain as error:
+            apart = str(error)
+            return replace(plan_joined(program, function, dims, arch, select, tuning, fast, False), apart=apart)
+    return plan_joined(program, function, dims, arch, select, tuning, fast, False)
+
+
+class UnservedChain(Exception):
+    """A chain that no kernel serves; its linears are served apart."""
+
+
+def plan_joined(
+    program: Program,
+    function: Function,
+    dims: Mapping[str, int],
+    arch: int,
+    select: Selector,
+    tuning: Mapping[str, Mapping[str, Any]],
+    fast: bool,
+    chains: bool,
+) -> BucketPlan:
+    """``plan_bucket`` with chains or without; raises UnservedChain."""
     function = fused(function, dims, select.ops, arch, fast, chains)
     values = {name: dense(name, w.type.dtype, eval_shape(w.type.shape, {})) for name, w in program.weights.items()}
     for name in (*function.inputs, *KEPT):
@@ -97,7 +125,10 @@ def plan_bucket(
         plan.buffers.update({o.buffer: nbytes(o) for name, o in zip(call.outputs, outputs) if o.buffer == name})
         types = {n: function.types[n] for n in (*call.refs(), *call.outputs) if n in function.types}
         types |= {n: program.weights[n].type for n in call.refs() if n in program.weights}
-        choice = select(CallSite(call, types, arguments, outputs, dims, function.name, arch, tuning))
+        site = CallSite(call, types, arguments, outputs, dims, function.name, arch, tuning)
+        if call.op == CHAIN and (why := select.refusal(site)):
+            raise UnservedChain(why)
+        choice = select(site)
         plan.choices.append((call, choice))
         for launch in choice.selection.launches:
             check_alignment(launch, call)

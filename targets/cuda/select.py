@@ -87,6 +87,11 @@ class Selector:
         """Every op that some kernel serves."""
         return frozenset(op for kernel in self.kernels for op in kernel.ops)
 
+    def refusal(self, site: CallSite) -> str:
+        """Why no kernel serves a call; empty if one does."""
+        answers = [kernel.select(site) for kernel in self.kernels if site.call.op in kernel.ops]
+        return "" if any(not isinstance(answer, str) for answer in answers) else "; ".join(map(str, answers))
+
     def __call__(self, site: CallSite) -> Choice:
         """The choice for a call, in terms of its own buffers."""
         tensors = [*strided(site.values).values(), *site.outputs]

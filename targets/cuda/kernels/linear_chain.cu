@@ -211,6 +211,25 @@ __device__ __forceinline__ int element(int e, int t) {
     return FORM == INT4 ? e * 128 + P * 32 + t * 8 : e / 2 * 128 + P * 64 + e % 2 * 32 + t * 8;
 }
 
+// What a thread takes of x for each part of entry e.
+template <int P = 0>
+__device__ __forceinline__ void columns(u32 (&b)[PARTS][4], const u32 *x, int e, int t) {
+    if constexpr (P < PARTS) {
+        const uint4 v = take(shared_address(x) + 2 * element<P>(e, t));
+        b[P][0] = v.x, b[P][1] = v.y, b[P][2] = v.z, b[P][3] = v.w;
+        columns<P + 1>(b, x, e, t);
+    }
+}
+// Products of 8 rows' codes ``a``, and of the next 8 rows' ``c``, with x.
+template <int P = 0>
+__device__ __forceinline__ void products(float (&found)[4], const uint4 &a, const uint4 &c, const u32 (&b)[PARTS][4]) {
+    if constexpr (P < PARTS) {
+        multiply(found, numbers<P>(a.x), numbers<P>(c.x), numbers<P>(a.y), numbers<P>(c.y), b[P][0], b[P][1]);
+        multiply(found, numbers<P>(a.z), numbers<P>(c.z), numbers<P>(a.w), numbers<P>(c.w), b[P][2], b[P][3]);
+        products<P + 1>(found, a, c, b);
+    }
+}
+
 // Outputs of linear I that the program owns.
 template <int I>
 __device__ __forceinline__ void linear(const Link &link, const Room &room, Queue &queue) {
@@ -226,13 +245,9 @@ __device__ __forceinline__ void linear(const Link &link, const Room &room, Queue
         float sums[TILES(I)][2] = {};  // of rows g and g + 8; the instruction's eight columns are all x
 #pragma unroll 1
         for (int e = warp; e < ENTRIES(I); e += WARPS) {
-            u32 b[4][4];
-#define COLUMNS_OF(P)                                                  \
-    if (P < PARTS) {                                                   \
-        uint4 v = take(shared_address(room.x) + 2 * element<P>(e, t)); \
-        b[P][0] = v.x, b[P][1] = v.y, b[P][2] = v.z, b[P][3] = v.w;    \
-    }
-            COLUMNS_OF(0) COLUMNS_OF(1) COLUMNS_OF(2) COLUMNS_OF(3) const float zero = ZERO ? room.zero[e] : 0.f;
+            u32 b[PARTS][4];
+            columns(b, room.x, e, t);
+            const float zero = ZERO ? room.zero[e] : 0.f;
 #pragma unroll
             for (int r = 0; r < TILES(I); r++) {
                 wait_group<DEPTH - 1>();
@@ -247,13 +262,8 @@ __device__ __forceinline__ void linear(const Link &link, const Room &room, Queue
                 queue.fill();
                 float found[4] = {zero, zero, zero, zero};
                 if (!GROUP) found[0] += sums[r][0], found[2] += sums[r][1];
-#define PRODUCTS(P)                                                                                            \
-    if (P < PARTS) {                                                                                           \
-        multiply(found, numbers<P>(a.x), numbers<P>(c.x), numbers<P>(a.y), numbers<P>(c.y), b[P][0], b[P][1]); \
-        multiply(found, numbers<P>(a.z), numbers<P>(c.z), numbers<P>(a.w), numbers<P>(c.w), b[P][2], b[P][3]); \
-    }
-                PRODUCTS(0)
-                PRODUCTS(1) PRODUCTS(2) PRODUCTS(3) sums[r][0] = GROUP ? sums[r][0] + found[0] * scale[0] : found[0];
+                products(found, a, c, b);
+                sums[r][0] = GROUP ? sums[r][0] + found[0] * scale[0] : found[0];
                 sums[r][1] = GROUP ? sums[r][1] + found[2] * scale[1] : found[2];
             }
         }

@@ -22,6 +22,8 @@ WARPS, DEPTH, REGISTERS = 16, 4, 96
 """Of a program, entries of a warp's queue at most, and registers of a thread at most (measured; ADR 37)."""
 ENTRY = 1024
 """Bytes of an entry."""
+MOST_TILES = 32
+"""Of 16 rows that a program may have of a linear: of more than 16 of a half the sums leave registers."""
 FORMS = {("int", 4): "INT4", ("int", 8): "INT8", ("fp8_e4m3", 8): "FP8"}
 ROUNDS = {None: "NOT_ROUNDED", "int8": "INT8", "fp8_e4m3": "FP8"}
 SCALES = {"float32": "FLOAT32", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
@@ -83,9 +85,8 @@ class LinearChain:
         links = [link_values(v, i, site.outputs) for i in range(v["count"])]
         if wrong := next((why for link in links if (why := refusal(link))), ""):
             return wrong
-        if len({link["scales"].dtype for link in links}) > 1 or (
-            v["block_k"] and links[0]["scales"].dtype == "float32"
-        ):
+        types = {link["scales"].dtype for link in links}
+        if len(types) > 1 or (v["block_k"] and "float32" in types):
             return "scales of several types, or of groups in float32"
         group, columns = v["block_k"] or 0, 128 if v["bits"] == 4 else 64
         shapes = [(link["codes"].shape[0], link["x"].shape[-1], link["gate"] is not None) for link in links]
@@ -96,13 +97,12 @@ class LinearChain:
             for link, (n, k, gated), (count, _) in zip(links, shapes, units, strict=True)
         ]
         depth = deepest(linears, columns, group)
-        if not depth:
-            return "x and scales leave no shared memory for queues"
+        if not depth or max(link.tiles for link in linears) > MOST_TILES:
+            return "a program's shared memory or registers do not hold its share"
         constants = {
             "FORM": FORMS[v["format"], v["bits"]], "ROUND": ROUNDS[v["round"]], "NOT_ROUNDED": -1,
             "SCALES": SCALES[links[0]["scales"].dtype], "GROUP": group, "WARPS": WARPS, "DEPTH": depth,
-            "COUNT": len(links),
-            "LINEARS": ", ".join(link.text for link in linears),
+            "COUNT": len(links), "LINEARS": ", ".join(link.text for link in linears),
         }  # fmt: skip
         made = launch(links, programs, constants, room(linears, depth, columns, group))
         why = f"{scheme({**v, 'block_n': 1, 'block_k': group or 1 << 30}, 1 << 30)}, {len(links)} linears, "
@@ -130,10 +130,8 @@ def refusal(link: Mapping[str, Any]) -> str:
         return "an operand is not bfloat16"
     if link["gate"] is not None and link["gate"] not in ACTIVATIONS:
         return f"activation {link['gate']}"
-    rows = link["out"].shape[-1]
-    return (
-        "" if rows % ROWS == 0 == link["x"].shape[-1] % COLUMNS else f"{rows} outputs of {link['x'].shape[-1]} columns"
-    )
+    rows, columns = link["out"].shape[-1], link["x"].shape[-1]
+    return f"{rows} outputs of {columns} columns" if rows % ROWS or columns % COLUMNS else ""
 
 
 def norm_of(link: Mapping[str, Any]) -> tuple[bool, float, float] | None:

@@ -16,17 +16,19 @@ from llmopt.program import Function, OpCall, Ref
 from llmopt.recipe import load_recipe
 from llmopt.runtime.executors.cuda import driver, load
 from llmopt.target import LoadOptions
+from targets.cuda.build import choices
 from targets.cuda.chain import CHAIN
 from targets.cuda.eight_bits import LINEAR_8
 from targets.cuda.fusion import ATTENTION, LINEAR, LINEAR_Q, fused
 from targets.cuda.kernels import linear_chain
 from targets.cuda.kernels._common import SM_COUNT
+from targets.cuda.pack import stored
 from targets.cuda.select import discover
 from tests.architectures import make_checkpoint
 from tests.captured import folder
 from tests.targets.cuda.fake_builds import compile_without_compiler
 from tests.targets.cuda.fake_driver import FakeDriver
-from tests.targets.cuda.models import OPTIONS, Model, interpreted, lowered, reference
+from tests.targets.cuda.models import OPTIONS, Model, interpreted, lowered, planned, reference
 from tests.targets.cuda.test_cuda_architectures import few_logits
 from tests.targets.cuda.test_cuda_fusion import dims, text
 from tests.targets.cuda.test_cuda_plan import TOLERANCE
@@ -117,6 +119,18 @@ def test_values_are_made_before_they_are_read() -> None:
         for call in fused(function, dims(1), OPS).calls:
             assert set(call.refs()) <= known, call
             known |= set(call.outputs)
+
+
+def test_a_chain_that_its_kernel_refuses_is_left_apart_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = wide("int4-cuda")
+    monkeypatch.setattr(linear_chain, "SHARED", 1024)
+    plan, launches = planned(stored(found.program), discover())
+    assert launches.resident == 0
+    said = choices(plan)
+    (entry,) = said["decode 1x1"][CHAIN]
+    assert (entry["kernel"], entry["calls"]) == ("none", 0)
+    assert entry["reason"].endswith("do not hold its share")
+    assert CHAIN not in said["decode 4x4"]
 
 
 def test_a_gpu_with_fewer_multiprocessors_is_refused_before_loading(
