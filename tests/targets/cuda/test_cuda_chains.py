@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cuda.bindings.driver import CUlaunchAttributeID
 
 from llmopt.artifact import Artifact, WeightsPlan
 from llmopt.errors import ResourceError
-from llmopt.launch import LaunchPlan, plan_file
+from llmopt.launch import Cubin, Launch, LaunchPlan, plan_file
 from llmopt.program import Function, OpCall, Ref
 from llmopt.recipe import load_recipe
 from llmopt.runtime.executors.cuda import driver, load
+from llmopt.runtime.executors.cuda.launches import BoundLaunch
 from llmopt.target import LoadOptions
 from targets.cuda.build import choices
 from targets.cuda.chain import CHAIN
@@ -146,3 +148,15 @@ def test_a_gpu_with_fewer_multiprocessors_is_refused_before_loading(
     with pytest.raises(ResourceError, match=f"{resident - 1} multiprocessors, .* need {resident} at once .*chains"):
         load(Artifact.open(made), LoadOptions("cuda"))
     assert "cuMemAlloc" not in small.calls
+
+
+def test_programs_that_wait_for_each_other_start_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two such launches, each with half its programs, would wait for ever."""
+    monkeypatch.setattr(driver, "cu", FakeDriver())
+    kernel = Cubin("k.cubin", "k", 32, 0, 0, 0)
+    for resident, pdl in ((True, True), (True, False), (False, True), (False, False)):
+        bound = BoundLaunch(Launch("k", (4, 1, 1), (), pdl, resident=resident), kernel, 1, lambda name: 0, 0)
+        together = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        ids = [attribute.id for attribute in bound.config.attrs]
+        assert len(ids) == bound.config.numAttrs == resident + pdl
+        assert (together in ids) == resident

@@ -78,12 +78,17 @@ class BoundLaunch:
         config.blockDimX, config.blockDimY, config.blockDimZ = cubin.threads, 1, 1
         config.sharedMemBytes = cubin.shared
         config.hStream = stream
+        attributes = []
         if launch.pdl:
-            attribute = cu.CUlaunchAttribute()
-            attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
+            attributes.append(cu.CUlaunchAttribute())
+            attributes[-1].id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[-1].value.programmaticStreamSerializationAllowed = 1
+        if launch.resident:  # all programs at once or none, whatever else runs on the GPU
+            attributes.append(cu.CUlaunchAttribute())
+            attributes[-1].id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attributes[-1].value.cooperative = 1
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         self.config = config
 
     def __call__(self) -> None:
