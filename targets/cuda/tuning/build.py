@@ -78,7 +78,8 @@ def program_cases(program: Program, options: CudaOptions, arch: int, model: str,
     recorders = [Recorder(kernel) for kernel in discover()]
     select = Selector(tuple(recorders))
     for function, dims in buckets(program, options):
-        plan_bucket(program, function, dims, arch, select, {}, options.accumulates_fast(function.name))
+        fast = options.accumulates_fast(function.name)
+        plan_bucket(program, function, dims, arch, select, {}, fast, chains=False)  # which take no configurations
     found: dict[tuple[str, str], list[Case]] = {}
     for recorder in recorders:
         for site in recorder.sites:

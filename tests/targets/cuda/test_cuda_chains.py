@@ -26,6 +26,7 @@ from targets.cuda.kernels import linear_chain
 from targets.cuda.kernels._common import SM_COUNT
 from targets.cuda.pack import stored
 from targets.cuda.select import discover
+from targets.cuda.tuning.build import program_cases
 from tests.architectures import make_checkpoint
 from tests.captured import folder
 from tests.targets.cuda.fake_builds import compile_without_compiler
@@ -121,6 +122,11 @@ def test_values_are_made_before_they_are_read() -> None:
         for call in fused(function, dims(1), OPS).calls:
             assert set(call.refs()) <= known, call
             known |= set(call.outputs)
+
+
+def test_linears_that_would_be_chained_are_tuned_alone_too() -> None:
+    cases = program_cases(stored(wide("int4-cuda").program), OPTIONS, 90, "llama", "^gemm_q_ring int4g128 1x")
+    assert len({case.key for case in cases}) == 4
 
 
 def test_a_chain_that_its_kernel_refuses_is_left_apart_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
