@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -18,7 +19,7 @@ from llmopt.calibration.session import require_calibration, spool_of
 from llmopt.calibration.spool import Spool
 from llmopt.errors import PassError
 from llmopt.ir.dequantized import Dequantized
-from llmopt.ir.feed import run_sequence
+from llmopt.ir.feed import run_sequences
 from llmopt.ir.module import Module, Precision
 from llmopt.ir.pass_manager import Pass, PassContext
 from llmopt.ir.quant import ELEMENTS, QuantTensor, RoundToNearest, Scheme
@@ -124,11 +125,11 @@ class ChoosePrecision(Pass):
 
         def measure(names: tuple[str, ...], option: tuple[int, int]) -> dict[str, Tensor]:
             if not exact:
-                exact.extend(logits(module, window, calibration.device) for window in tokens)
+                exact.extend(logits(module, tokens, calibration.device))
             kept = {name: module.weights[name] for name in names}
             for name, weight in kept.items():
                 module.weights[name] = Constant(self._rounded(weight, *option).dequantize().to(weight.dtype))
-            losses = [kl(a, logits(module, window, calibration.device)) for a, window in zip(exact, tokens)]
+            losses = [kl(a, b) for a, b in zip(exact, logits(module, tokens, calibration.device))]
             module.weights |= kept
             return {"kl": torch.tensor(losses)}
 
@@ -207,10 +208,11 @@ def amount(value: float, unit: str) -> str:
     return f"{value / 1e6:.2f} MB" if unit == "bytes" else f"{value:.4g} ms"
 
 
-def logits(module: Module, tokens: Tensor, device: torch.device) -> Tensor:
-    """Log-probabilities (T, V) of one window."""
+def logits(module: Module, tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """Log-probabilities (T, V) of each of some windows (m, T), which run side by side."""
     (name,) = module.functions
-    return run_sequence(module, name, tokens.tolist(), device=device).double().log_softmax(-1)
+    for found in run_sequences(module, name, tokens.tolist(), device=device):
+        yield found.double().log_softmax(-1)
 
 
 def kl(reference: Tensor, found: Tensor) -> float:

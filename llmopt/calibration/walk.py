@@ -98,7 +98,7 @@ class Walk:
     def _window(self, index: int, piece: list[fx.Node], weights: dict[fx.Node, Tensor]) -> dict[fx.Node, Any]:
         tokens = self.windows[index : index + 1].to(self.device)
         given = {"input_ids": tokens, "position_ids": torch.arange(tokens.shape[1], device=self.device)[None]}
-        run = Run(self.module, given, None)
+        run = Run(self.module, given)
         for node in self.graph.find_nodes(op="placeholder"):
             if node.name not in given:
                 what = f"the function already has the input {node.name}"

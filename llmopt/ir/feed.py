@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmopt.ir.interpret import Observer, run_module
+from llmopt.ir.interpret import JointObserver, Observer, alone, run_together
 from llmopt.ir.module import Module
 from llmopt.ir.samples import CPU
 from llmopt.program import StateGroup
@@ -21,19 +21,36 @@ def run_sequence(
     observe: Observer | None = None,
     device: torch.device = CPU,
 ) -> Tensor:
-    """Logits (len(tokens), V) of one sequence, computed on ``device`` in steps of ``chunks`` rows (default: one step).
+    """Logits (len(tokens), V) of one sequence, as ``run_sequences`` gives them."""
+    return run_sequences(module, function, [tokens], chunks, observe and alone(observe), device)[0]
+
+
+def run_sequences(
+    module: Module,
+    function: str,
+    sequences: Sequence[Sequence[int]],
+    chunks: Sequence[int] | None = None,
+    observe: JointObserver | None = None,
+    device: torch.device = CPU,
+) -> list[Tensor]:
+    """Logits (T, V) of each of some sequences of T tokens, computed on ``device`` side by side, weights read once for
+    all, in steps of ``chunks`` rows (default: one step).
 
     States start as NaN (int8 ones as -128, which no row is written as) and live in blocks handed out in reverse
     order, so that reading an unwritten slot or ignoring the block table shows. A module without states can only take
     one step.
     """
-    feed = Feed(module, function, len(tokens), device)
-    position, logits = 0, []
-    for length in chunks or (len(tokens),):
-        step = torch.tensor([tokens[position : position + length]])
-        logits.append(feed.step(step, position, observe))
+    feeds = [Feed(module, function, len(tokens), device) for tokens in sequences]
+    logits: list[list[Tensor]] = [[] for _ in sequences]
+    position = 0
+    for length in chunks or (len(sequences[0]),):
+        rows = slice(position, position + length)
+        given = [feed.given(torch.tensor([tokens[rows]]), position) for feed, tokens in zip(feeds, sequences)]
+        for feed, found, outputs in zip(feeds, logits, run_together(module, function, given, observe)):
+            found.append(outputs[0][0])
+            feed.keep(outputs)
         position += length
-    return torch.cat(logits)
+    return [torch.cat(found) for found in logits]
 
 
 def limit_chunk(module: Module, length: int) -> int:
@@ -56,8 +73,8 @@ class Feed:
         shape = (len(self.blocks[group.name]), *(int(d) for d in value.shape[1:]))
         return poisoned(shape, value.dtype)
 
-    def step(self, tokens: Tensor, start: int, observe: Observer | None) -> Tensor:
-        """Logits (T, V) of the rows ``tokens`` (1, T) at positions start, start + 1, …"""
+    def given(self, tokens: Tensor, start: int) -> dict[str, Tensor]:
+        """Inputs of a step over the rows ``tokens`` (1, T) at positions start, start + 1, …"""
         rows = tokens.shape[1]
         positions = torch.arange(start, start + rows)
         values = {
@@ -73,10 +90,11 @@ class Feed:
         for group in self.module.states:
             values[f"block_table_{group.name}"] = self.blocks[group.name][None].int()
             values[f"slot_mapping_{group.name}"] = slots(group, self.blocks[group.name], positions)
-        given = {name: values[name].to(self.device) for name in self.inputs if name in values}
-        outputs = run_module(self.module, self.function, given, observe)
+        return {name: values[name].to(self.device) for name in self.inputs if name in values}
+
+    def keep(self, outputs: Sequence[Tensor]) -> None:
+        """A step's states, for the next one."""
         self.states = {name: outputs[index] for name, index in self.module.state_outputs.items()}
-        return outputs[0][0]
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from llmopt.ir.feed import limit_chunk, run_sequence
+from llmopt.ir.feed import limit_chunk, run_sequences
+from llmopt.ir.interpret import JointObserver
 from llmopt.ir.module import Module
 from llmopt.ir.ops.moe import moe_experts
 from llmopt.ir.rewrite import arguments
@@ -21,6 +21,8 @@ from llmopt.report.accuracy import kl_divergence
 from llmopt.report.evaluate import Scores, summarize
 
 Progress = Callable[[str, int, int], None]
+MOST_WINDOWS, LOGITS_BYTES = 8, 1 << 30
+"""Windows that run side by side at most, and bytes of their logits, of which there are two sets."""
 
 
 def prove(
@@ -28,13 +30,14 @@ def prove(
 ) -> dict[str, Any]:
     """Scores of ``built`` beside ``baseline`` on windows (m, length + 1), and each quantized call's output error, both
     computed on ``device``."""
-    scores, errors, run = Scores(), OutputErrors(built), partial(logits, device=device)
-    for index, window in enumerate(held_out):
-        ids = window.numpy()
-        errors.reset()
-        found = run(built, window[:-1], errors.observe)
-        scores.add(ids, [(found.numpy(), run(baseline, window[:-1]).numpy())])
-        progress("proof", index + 1, len(held_out))
+    scores, errors, done = Scores(), OutputErrors(built), 0
+    for windows in groups(built, held_out):
+        found = logits_of(built, windows[:, :-1], errors.observe, device)
+        exact = logits_of(baseline, windows[:, :-1], None, device)
+        for window, a, b in zip(windows, found, exact):
+            scores.add(window.numpy(), [(a.numpy(), b.numpy())])
+        done += len(windows)
+        progress("proof", done, len(held_out))
     result = summarize(scores)
     return result | {"window": held_out.shape[1] - 1, "layers": errors.layers()}
 
@@ -43,31 +46,36 @@ def sensitivity(built: Module, held_out: Tensor, progress: Progress, device: tor
     """Mean KL, by the name of a quantized weight (of experts: the first), of a model in which it alone is quantized.
 
     The others, and the reference it is compared with, are as the quantizer found them. One run of the model a weight
-    and window.
+    and some windows.
     """
     names = list(dict.fromkeys(name for name, _ in quantized_calls(built)))
-    run = partial(logits, device=device)
-    exact = [run(restored(built, keep=()), window[:-1]).numpy() for window in held_out]
+
+    def run(module: Module) -> list[Tensor]:
+        return [row for some in groups(built, held_out) for row in logits_of(module, some[:, :-1], None, device)]
+
+    exact = run(restored(built, keep=()))
     found = {}
     for index, name in enumerate(names):
-        alone = restored(built, keep=(name,))
-        rows = [kl_divergence(e, run(alone, window[:-1]).numpy()) for e, window in zip(exact, held_out)]
+        rows = [kl_divergence(a.numpy(), b.numpy()) for a, b in zip(exact, run(restored(built, keep=(name,))))]
         found[name] = float(np.concatenate(rows).mean())
         progress("sensitivity", index + 1, len(names))
     return found
 
 
-def logits(
-    module: Module,
-    tokens: Tensor,
-    observe: Callable[[fx.Node, Any], None] | None = None,
-    device: torch.device = CPU,
-) -> Tensor:
-    """fp32 logits (T, V) of one sequence by the function that runs prefill, on the CPU wherever they were computed."""
-    name = "step" if "step" in module.functions else "extend"
-    chunk = limit_chunk(module, len(tokens))
-    chunks = [min(chunk, len(tokens) - start) for start in range(0, len(tokens), chunk)]
-    return run_sequence(module, name, tokens.tolist(), chunks, observe, device).float().cpu()
+def groups(module: Module, windows: Tensor) -> tuple[Tensor, ...]:
+    """The windows (m, length) in groups that run side by side: each reads the weights once."""
+    logits = 4 * windows.shape[1] * module.config.vocab_size
+    return tuple(torch.split(windows, max(1, min(MOST_WINDOWS, LOGITS_BYTES // logits))))
+
+
+def logits_of(
+    module: Module, windows: Tensor, observe: JointObserver | None = None, device: torch.device = CPU
+) -> list[Tensor]:
+    """fp32 logits (T, V) of windows (m, T) by the function that runs prefill, side by side, on the CPU in the end."""
+    name, length = "step" if "step" in module.functions else "extend", windows.shape[1]
+    chunk = limit_chunk(module, length)
+    chunks = [min(chunk, length - start) for start in range(0, length, chunk)]
+    return [found.float().cpu() for found in run_sequences(module, name, windows.tolist(), chunks, observe, device)]
 
 
 def quantized_calls(module: Module) -> Iterable[tuple[str, fx.Node]]:
@@ -78,52 +86,71 @@ def quantized_calls(module: Module) -> Iterable[tuple[str, fx.Node]]:
             yield names[0], node
 
 
+def read_by(call: fx.Node) -> set[fx.Node]:
+    """The values, weights apart, that a quantized call's exact result is computed of."""
+    given = arguments(call)
+    read = (unrounded(given[0]), *given[1:4])
+    return {value for value in read if isinstance(value, fx.Node) and value.op != "get_attr"}
+
+
 class OutputErrors:
-    """Squared output error of quantized calls, relative to the output of the weights they were made of."""
+    """Squared output error of quantized calls, relative to the output of the weights they were made of.
+
+    Inputs are kept up to the last call that reads them."""
 
     def __init__(self, module: Module) -> None:
         self.module = module
         self.names = {node: name for name, node in quantized_calls(module)}
-        read = [value for node in self.names for value in (unrounded(arguments(node)[0]), *arguments(node)[1:4])]
-        self.wanted = {value for value in read if isinstance(value, fx.Node) and value.op != "get_attr"}
-        self.inputs: dict[fx.Node, Tensor] = {}
+        self.last = {source: node for node in self.names for source in read_by(node)}
+        self.inputs: dict[fx.Node, list[Tensor]] = {}
         self.sums = {name: [0.0, 0.0] for name in self.names.values()}
 
-    def reset(self) -> None:
-        """Before each window."""
-        self.inputs.clear()
-
     @torch.no_grad()
-    def observe(self, node: fx.Node, value: Any) -> None:
-        """Sees every value of a run."""
-        if node in self.wanted:
-            self.inputs[node] = value
+    def observe(self, node: fx.Node, values: list[Any]) -> None:
+        """Sees every value of some windows' runs."""
+        if node in self.last:
+            self.inputs[node] = values
         if (name := self.names.get(node)) is None:
             return
+        made = values
         if node.target == EMBEDDING_Q:
-            ids = self.inputs[arguments(node)[3]]
-            made, exact = value, F.embedding(ids, self.module.originals[name].tensor(ids.device))
+            exact = self._embeddings(node, name)
+        elif node.target == LINEAR_Q:
+            made, exact = self._linears(node, values)
         else:
-            made, exact = self._linear(node, value) if node.target == LINEAR_Q else (value, self._experts(node))
-        self.sums[name][0] += float((made - exact).double().pow(2).sum())
-        self.sums[name][1] += float(exact.double().pow(2).sum())
+            exact = self._experts(node)
+        for a, b in zip(made, exact, strict=True):
+            self.sums[name][0] += float((a - b).double().pow(2).sum())
+            self.sums[name][1] += float(b.double().pow(2).sum())
+        for source in read_by(node):
+            if self.last[source] is node:
+                del self.inputs[source]
 
-    def _linear(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
-        """A linear's result and that of its original weight, both without the bias."""
+    def _embeddings(self, node: fx.Node, name: str) -> list[Tensor]:
+        """Rows of the original table."""
+        ids = self.inputs[arguments(node)[3]]
+        table = self.module.originals[name].tensor(ids[0].device)
+        return [F.embedding(some, table) for some in ids]
+
+    def _linears(self, node: fx.Node, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """A linear's results and those of its original weight, both without the bias."""
         given, (name,) = arguments(node), quantized_names(node)
-        device = value.device
-        exact = F.linear(self.inputs[unrounded(given[0])], self.module.originals[name].tensor(device))
-        return value if given[4] is None else value - self.module.weights[str(given[4].target)].tensor(device), exact
+        device = values[0].device
+        weight = self.module.originals[name].tensor(device)
+        exact = [F.linear(x, weight) for x in self.inputs[unrounded(given[0])]]
+        if given[4] is None:
+            return values, exact
+        bias = self.module.weights[str(given[4].target)].tensor(device)
+        return [value - bias for value in values], exact
 
-    def _experts(self, node: fx.Node) -> Tensor:
-        """The result of the experts' original weights."""
+    def _experts(self, node: fx.Node) -> list[Tensor]:
+        """The results of the experts' original weights."""
         given = arguments(node)
-        routed = self.inputs[unrounded(given[0])], self.inputs[given[1]], self.inputs[given[2]]
-        device = routed[0].device
+        routed = [self.inputs[source] for source in (unrounded(given[0]), given[1], given[2])]
+        device = routed[0][0].device
         weights = [self.module.originals[name].tensor(device) for name in quantized_names(node)]
         biases = [None if b is None else self.module.weights[str(b.target)].tensor(device) for b in given[9:11]]
-        result: Tensor = moe_experts(*routed, *weights, *biases, given[11])
-        return result
+        return [moe_experts(*some, *weights, *biases, given[11]) for some in zip(*routed, strict=True)]
 
     def layers(self) -> list[dict[str, Any]]:
         """Name and relative squared output error of each weight, in program order."""

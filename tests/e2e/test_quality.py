@@ -15,7 +15,7 @@ from llmopt.frontend import capture, load_checkpoint
 from llmopt.ir.module import Module
 from llmopt.ir.rewrite import copy_module
 from llmopt.report.accuracy import Doubles, block_bootstrap, kl_divergence, mean
-from llmopt.report.proof import OutputErrors, logits
+from llmopt.report.proof import OutputErrors, logits_of
 from tests.calibration.running import calibrated
 from tests.e2e.classics import calibration_windows, held_out_windows
 from tests.passes.running import FUSIONS, run
@@ -58,7 +58,7 @@ class Quality:
         return module
 
     def run(self, module: Module) -> list[Tensor]:
-        return [logits(module, window) for window in self.windows]
+        return logits_of(module, self.windows)
 
     def scheme(self, name: str, planted: bool = False) -> Module:
         if name not in self.made:
@@ -76,8 +76,7 @@ class Quality:
         """Of each linear, on two windows."""
         errors = OutputErrors(self.scheme(scheme))
         for window in self.windows[:2]:
-            errors.reset()
-            logits(self.scheme(scheme), window, errors.observe)
+            logits_of(self.scheme(scheme), window[None], errors.observe)
         return {layer["name"]: layer["output_error"] for layer in errors.layers()}
 
 

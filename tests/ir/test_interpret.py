@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmopt.errors import PassError
-from llmopt.ir.interpret import run_module
+from llmopt.ir.interpret import run_module, run_together
 from llmopt.ir.module import Module
 from llmopt.ir.weights import Weight
 from llmopt.lower.lowering import lower
@@ -71,6 +71,28 @@ def test_weights_live_only_while_needed() -> None:
     run_module(module, "step", inputs())
     assert not alive
     assert peak[0] <= 3
+
+
+def test_inputs_side_by_side_read_each_weight_once() -> None:
+    module, apart = llama(4), llama(4)
+    alive: list[str] = []
+    reads: list[str] = []
+
+    class Read(Counted):
+        def read(self, start: int, stop: int) -> torch.Tensor:
+            reads.append(self.name)
+            return super().read(start, stop)
+
+    module.weights = {n: Read(w, alive, [0], n) for n, w in module.weights.items()}
+    several = [inputs(7), inputs(3), inputs(5)]
+    found = run_together(module, "step", several)
+    assert len(reads) == len(set(reads)) > 4
+    for given, outputs in zip(several, found, strict=True):
+        torch.testing.assert_close(outputs, run_module(apart, "step", given), rtol=0, atol=0)
+    reads.clear()
+    for given in several:
+        run_module(module, "step", given)
+    assert len(reads) == 3 * len(set(reads))
 
 
 def test_observes_every_call() -> None:

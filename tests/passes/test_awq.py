@@ -12,7 +12,7 @@ from llmopt.calibration.rounding import best_limits, rounded
 from llmopt.ir.module import Module
 from llmopt.ir.quant import Scheme
 from llmopt.ir.weights import Constant, Scaled
-from llmopt.report.proof import logits as full_logits
+from llmopt.report.proof import logits_of
 from tests.calibration.running import Builder, calibrated, mlp, windows
 from tests.ir.handmade import llama
 from tests.passes.running import FUSIONS, logits, run
@@ -35,7 +35,7 @@ def uneven() -> Module:
 
 def loss(module: Module, exact: Module) -> float:
     tokens = windows(1, seed=5)[0]
-    return float((full_logits(module, tokens) - full_logits(exact, tokens)).pow(2).mean())
+    return float((logits_of(module, tokens[None])[0] - logits_of(exact, tokens[None])[0]).pow(2).mean())
 
 
 def test_scales_change_no_logit_and_clipping_does(tmp_path: Path) -> None:

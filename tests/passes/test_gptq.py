@@ -13,7 +13,7 @@ from llmopt.errors import ConfigError, PassError
 from llmopt.ir.module import Module
 from llmopt.ir.quant import QuantTensor, RoundToNearest, Scheme
 from llmopt.ir.weights import Constant
-from llmopt.report.proof import OutputErrors, logits
+from llmopt.report.proof import OutputErrors, logits_of
 from passes.gptq import solve
 from tests.calibration.running import Builder, calibrated, mlp, windows
 from tests.passes.running import run, text
@@ -91,8 +91,7 @@ def test_a_hessian_without_rank_is_damped() -> None:
 def losses(module: Module) -> dict[str, float]:
     errors = OutputErrors(module)
     for window in windows(4, seed=9):
-        errors.reset()
-        logits(module, window, errors.observe)
+        logits_of(module, window[None], errors.observe)
     return {layer["name"]: layer["output_error"] for layer in errors.layers()}
 
 

@@ -16,7 +16,7 @@ from llmopt.ir.sites import restored
 from llmopt.ir.weights import Constant
 from llmopt.report.accuracy import block_bootstrap, mean, p99
 from llmopt.report.page import accuracy_page
-from llmopt.report.proof import key_figures, logits, prove, rounded, sensitivity
+from llmopt.report.proof import key_figures, logits_of, prove, rounded, sensitivity
 from tests.calibration.running import mlp, windows
 from tests.passes.running import run
 
@@ -37,7 +37,7 @@ def result() -> dict[str, Any]:
 
 def test_figures_equal_those_computed_at_once(result: dict[str, Any]) -> None:
     exact, made = mlp(layers=1), quantized()
-    p, q = (torch.stack([logits(m, w[:-1]) for w in TOKENS]).double().log_softmax(-1) for m in (exact, made))
+    p, q = (torch.stack(logits_of(m, TOKENS[:, :-1])).double().log_softmax(-1) for m in (exact, made))
     kl = (p.exp() * (p - q)).sum(-1)
     targets = TOKENS[:, 1:]
     losses = [float(F.nll_loss(x.flatten(0, 1), targets.flatten())) for x in (q, p)]
@@ -69,7 +69,7 @@ def test_output_errors_equal_their_definition(result: dict[str, Any]) -> None:
     seen: dict[str, torch.Tensor] = {}
     sums = [0.0, 0.0]
     for window in TOKENS:
-        logits(module, window[:-1], lambda node, value: seen.__setitem__(node.name, value))
+        logits_of(module, window[None, :-1], lambda node, values: seen.__setitem__(node.name, values[0]))
         x = seen["rms_norm_default"]
         y = F.linear(x, exact.weights["layers.0.up_proj.weight"].tensor())
         made = module.functions["step"].graph.find_nodes(op="call_function", target=torch.ops.llmopt.linear_q.default)[
@@ -89,17 +89,21 @@ def test_sensitivity_quantizes_one_layer_alone() -> None:
     alone = mlp(layers=1)
     name = NAMES[0]
     run(alone, ("quantize_weights", {"bits": 3, "group_size": 32, "include": [name]}))
-    p, q = (torch.cat([logits(m, w[:-1]) for w in TOKENS]).double().log_softmax(-1) for m in (mlp(layers=1), alone))
+    p, q = (torch.cat(logits_of(m, TOKENS[:, :-1])).double().log_softmax(-1) for m in (mlp(layers=1), alone))
     assert found[name] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-6)
     assert found[name] != pytest.approx(found[NAMES[1]], rel=1e-3)
 
 
 def test_restored_weights_are_what_the_quantizer_found() -> None:
     made, exact = quantized(), mlp(layers=1)
-    assert torch.equal(logits(restored(made, keep=()), TOKENS[0]), logits(exact, TOKENS[0]))
-    assert torch.equal(logits(restored(made, keep=NAMES), TOKENS[0]), logits(made, TOKENS[0]))
+
+    def logits(module: Module) -> torch.Tensor:
+        return logits_of(module, TOKENS[:1])[0]
+
+    assert torch.equal(logits(restored(made, keep=())), logits(exact))
+    assert torch.equal(logits(restored(made, keep=NAMES)), logits(made))
     made.originals[NAMES[0]] = Constant(torch.zeros_like(exact.weights[NAMES[0]].tensor()))
-    assert not torch.equal(logits(restored(made, keep=()), TOKENS[0]), logits(exact, TOKENS[0]))
+    assert not torch.equal(logits(restored(made, keep=())), logits(exact))
 
 
 def test_block_bootstrap_covers_the_truth_and_respects_blocks() -> None:
