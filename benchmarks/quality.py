@@ -31,7 +31,7 @@ from llmopt.recipe import build_pass
 from llmopt.registry import load_target
 from llmopt.report.accuracy import Interval, block_bootstrap, mean, paired_bootstrap
 from llmopt.report.evaluate import Scores, split_windows
-from llmopt.report.proof import logits
+from llmopt.report.proof import logits_of
 
 WINDOW = 512
 FUSIONS = ("eliminate_noops", "fuse_qkv", "fuse_gate_up", "fuse_gated_activation", "fuse_add_norm")
@@ -96,7 +96,7 @@ class Bench:
         """Losses, KL and agreement of a module."""
         scores = Scores()
         for window, baseline in zip(self.windows, exact):
-            scores.add(window, [(logits(module, torch.from_numpy(window[:-1])).numpy(), baseline)])
+            scores.add(window, [(logits_of(module, torch.from_numpy(window[None, :-1]))[0].numpy(), baseline)])
         return scores
 
 
@@ -126,7 +126,7 @@ def difference(a: Scores, b: Scores) -> Interval:
 def rows(bench: Bench, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row a scheme; ``against_rtn`` compares with round-to-nearest of the same format."""
     plain = bench.module()
-    exact = [logits(plain, torch.from_numpy(window[:-1])).numpy() for window in bench.windows]
+    exact = [found.numpy() for found in logits_of(plain, torch.from_numpy(bench.windows[:, :-1]))]
     scored: dict[str, Scores] = {}
     made = []
     for name in names:
