@@ -8,23 +8,24 @@ output. Its outputs are the linears'. ADR 37 has the reasons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmopt.program import Function, OpCall, Ref
 
 from .eight_bits import LINEAR_8, NORM_ROUNDED, QUANTIZED, ROUNDED
+from .fusion import ABSENT, LINEAR_Q, NORM
 from .graph import Graph
 
-CHAIN, LINEAR_Q, NORM = "cuda.linear_chain", "cuda.linear_q", "llmopt.rms_norm"
+CHAIN = "cuda.linear_chain"
 ARCHS = (90,)
 """Architectures where chains were measured."""
 MOST_LINEARS = 4
 """Of a chain: output projection, gate and up, down, and the next layer's query, key and value."""
 ROWS, COLUMNS = 16, 128
 """Outputs and columns are whole multiples of these."""
-ALONE = {"norm": None, "eps": 0.0, "offset": 0.0, "mul_in_fp32": False, "gate": None, "residual": None}
+ALONE = {**ABSENT, "mul_in_fp32": False}
 LINK = ("codes", "scales", "bias", "input_scale", *ALONE)
 """What a chain holds of each linear."""
 
@@ -42,9 +43,11 @@ class Link:
     output: str
 
 
-def chained(function: Function) -> Function:
-    """The function with its chains in place: linears of which each reads what the one before it made, and nothing else
-    needs before the last."""
+def chained(function: Function, dims: Mapping[str, int], ops: Collection[str], arch: int) -> Function:
+    """A function after fusion.py's rules, its chains in place where it decodes one row: linears of which each reads
+    what the one before it made, and nothing else needs before the last."""
+    if function.name != "decode" or dims["T"] != 1 or CHAIN not in ops or arch not in ARCHS:
+        return function
     graph = Graph(function)
     open_chains: dict[str, list[Link]] = {}
     chains: list[list[Link]] = []

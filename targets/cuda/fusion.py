@@ -7,7 +7,7 @@ Which calls pay to join depends on the bucket's rows, which no pass can see, so 
   residual``, each part absent or not.
 - ``cuda.linear_8``, ``cuda.round`` and ``cuda.norm_round``: linears that multiply codes of activations by codes of
   weights, and what makes those codes; see eight_bits.py.
-- ``cuda.linear_chain``: linears of one row over codes that follow each other; see chain.py.
+- ``cuda.linear_chain``: linears of one row that follow each other, once these rules are through; see chain.py.
 - ``cuda.attention``: RMSNorm of the query's and the key's heads, their rotation, the write of key and value, and
   attention over the states and the row's own key and value.
 """
@@ -20,7 +20,6 @@ from functools import partial
 
 from llmopt.program import Arg, Function, OpCall, Ref
 
-from .chain import ARCHS, CHAIN, chained
 from .eight_bits import (
     FEW_BITS,
     LINEAR_8,
@@ -59,17 +58,11 @@ Rule = Callable[[Graph, int, OpCall], None]
 
 
 def fused(
-    function: Function,
-    dims: Mapping[str, int],
-    ops: Collection[str],
-    arch: int = 90,
-    fast: bool = False,
-    chains: bool = True,
+    function: Function, dims: Mapping[str, int], ops: Collection[str], arch: int = 90, fast: bool = False
 ) -> Function:
     """The function as a bucket of these extents runs it, given what ops the kernels serve and what the GPU has; of what
     is not decode of one row a sequence only gated activations, roundings and, of many rows, residual additions are
-    joined. ``fast``: FP8 products may be summed with fast accumulation; ``chains``: linears of one row may share a
-    launch."""
+    joined. ``fast``: FP8 products may be summed with fast accumulation."""
     decode = function.name == "decode" and dims["T"] == dims["N"]
     rules: list[Rule] = []
     if decode and ATTENTION in ops:
@@ -89,8 +82,7 @@ def fused(
         for at, call in enumerate(graph.calls):
             rule(graph, at, call)
         function = graph.finish()
-    chains = chains and decode and dims["T"] == 1 and CHAIN in ops and arch in ARCHS
-    return chained(function) if chains else function
+    return function
 
 
 def activation_into_linear(graph: Graph, at: int, call: OpCall, coded: bool) -> None:

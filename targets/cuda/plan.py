@@ -11,7 +11,7 @@ from llmopt.launch import Bucket, Launch, Operand, Pointer, Scalar, TensorMap, V
 from llmopt.lower.memory import ALIGNMENT, Interval, plan_memory
 from llmopt.program import Function, OpCall, Program, dtype_bytes, eval_shape
 
-from .chain import CHAIN
+from .chain import CHAIN, chained
 from .feedback import DRAWN, GREEDY, KEPT, REPORTS, SAMPLE
 from .fusion import ATTENTION, fused
 from .kernel import CallSite, KernelLaunch, Scratch, Specialization, Strided, TmaOperand
@@ -108,7 +108,9 @@ def plan_joined(
     chains: bool,
 ) -> BucketPlan:
     """``plan_bucket`` with chains or without; raises UnservedChain."""
-    function = fused(function, dims, select.ops, arch, fast, chains)
+    function = fused(function, dims, select.ops, arch, fast)
+    if chains:
+        function = chained(function, dims, select.ops, arch)
     values = {name: dense(name, w.type.dtype, eval_shape(w.type.shape, {})) for name, w in program.weights.items()}
     for name in (*function.inputs, *KEPT):
         kind = function.types[name]

@@ -19,7 +19,7 @@ from llmopt.runtime.executors.cuda import driver, load
 from llmopt.runtime.executors.cuda.launches import BoundLaunch
 from llmopt.target import LoadOptions
 from targets.cuda.build import choices
-from targets.cuda.chain import CHAIN
+from targets.cuda.chain import CHAIN, chained
 from targets.cuda.eight_bits import LINEAR_8
 from targets.cuda.fusion import ATTENTION, LINEAR, LINEAR_Q, fused
 from targets.cuda.kernels import linear_chain
@@ -49,6 +49,11 @@ def wide(recipe: str, architecture: str = "llama") -> Model:
     return lowered(path, load_recipe(recipe).text.replace("- smoothquant\n", ""))
 
 
+def joined(function: Function, rows: int = 1, arch: int = 90) -> Function:
+    """As a bucket of so many rows runs it."""
+    return chained(fused(function, dims(rows), OPS, arch), dims(rows), OPS, arch)
+
+
 def decode(recipe: str, architecture: str = "llama") -> Function:
     return wide(recipe, architecture).program.functions["decode"]
 
@@ -57,7 +62,7 @@ def decode(recipe: str, architecture: str = "llama") -> Function:
 def test_a_layer_is_attention_and_a_chain(recipe: str) -> None:
     first = ["norm_round", "linear_8"] if recipe in ("fp8-cuda", "w8a8-cuda") else ["rms_norm", "linear_q"]
     layers = ["attention", "linear_chain", "attention", "linear_chain"]
-    function = fused(decode(recipe), dims(1), OPS)
+    function = joined(decode(recipe))
     assert text(function) == ["embedding", "rotary_table", *first, *layers, "linear norm"]
     assert [call.args["count"] for call in function.calls if call.op == CHAIN] == [4, 3]
 
@@ -85,11 +90,10 @@ def test_a_model_over_chains_computes_what_the_reference_computes(recipe: str, m
 def test_only_one_row_is_chained_and_only_where_chains_run() -> None:
     function = decode("int4-cuda")
     for made in (
-        fused(function, dims(2), OPS),
-        fused(function, dims(1), OPS, 80),
-        fused(function, dims(1), OPS, chains=False),
-        fused(decode("int8-cuda"), dims(1), OPS),
-        fused(wide("int4-cuda").program.functions["extend"], dims(1), OPS),
+        joined(function, 2),
+        joined(function, arch=80),
+        joined(decode("int8-cuda")),
+        joined(wide("int4-cuda").program.functions["extend"]),
     ):
         assert not any(call.op == CHAIN for call in made.calls)
 
@@ -105,10 +109,10 @@ def watched(function: Function, name: str, after: str) -> Function:
 def test_what_another_call_reads_in_between_is_left_alone() -> None:
     """Reading a sum before the chain's last linear keeps that chain apart; reading it after does not."""
     plain = decode("int4-cuda")
-    chains = [call for call in fused(plain, dims(1), OPS).calls if call.op == CHAIN]
+    chains = [call for call in joined(plain).calls if call.op == CHAIN]
     first, last = chains[0].outputs[0], chains[0].outputs[-1]
     counts = [
-        [call.args["count"] for call in fused(watched(plain, first, after), dims(1), OPS).calls if call.op == CHAIN]
+        [call.args["count"] for call in joined(watched(plain, first, after)).calls if call.op == CHAIN]
         for after in (first, last)
     ]
     assert counts == [[3], [4, 3]]
@@ -119,7 +123,7 @@ def test_values_are_made_before_they_are_read() -> None:
         found = wide(recipe)
         function = found.program.functions["decode"]
         known = {*function.inputs, *found.program.weights}
-        for call in fused(function, dims(1), OPS).calls:
+        for call in joined(function).calls:
             assert set(call.refs()) <= known, call
             known |= set(call.outputs)
 
@@ -127,6 +131,12 @@ def test_values_are_made_before_they_are_read() -> None:
 def test_linears_that_would_be_chained_are_tuned_alone_too() -> None:
     cases = program_cases(stored(wide("int4-cuda").program), OPTIONS, 90, "llama", "^gemm_q_ring int4g128 1x")
     assert len({case.key for case in cases}) == 4
+
+
+def test_a_recipe_may_leave_linears_apart() -> None:
+    program = stored(wide("int4-cuda").program)
+    resident = [planned(program, discover(), replace(OPTIONS, linear_chains=on))[1].resident for on in (True, False)]
+    assert resident[0] > resident[1] == 0
 
 
 def test_a_chain_that_its_kernel_refuses_is_left_apart_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
