@@ -100,23 +100,17 @@ def before_it(graph: Graph, call: OpCall) -> tuple[tuple[int, ...], str, dict[st
     """What makes a linear's input and serves it alone: the calls, the value they read, and what they are to it. None
     for codes that something else reads, or that a linear's kernel cannot make."""
     x: Any = call.args["x"]
-    coded = call.op == LINEAR_8
-    at = graph.maker.get(x.name)
-    if coded:
-        scale: Any = call.args["x_scale"]
-        own = (
-            at is not None
-            and graph.uses[x.name] == 1
-            and (graph.maker.get(scale.name) != at or graph.uses[scale.name] == 1)
-        )
-        if at is None or not own:
+    if call.op == LINEAR_8:
+        at, scale = graph.only_from(x, ROUNDED, NORM_ROUNDED), call.args["x_scale"]
+        if at is None or not isinstance(scale, Ref):
+            return None
+        if graph.maker.get(scale.name) == at and graph.uses[scale.name] != 1:
             return None
         made: Any = graph.calls[at].args
-        if graph.calls[at].op == ROUNDED and made["gate"] is None:
-            return (at,), made["x"].name, {}
-        if graph.calls[at].op == NORM_ROUNDED and made["op"] == NORM and made["weight"] is not None:
-            return (at,), made["x"].name, of_norm(made)
-        return None
+        if graph.calls[at].op == ROUNDED:
+            return ((at,), made["x"].name, {}) if made["gate"] is None else None
+        normed = made["op"] == NORM and made["weight"] is not None
+        return ((at,), made["x"].name, of_norm(made)) if normed else None
     found = graph.only_from(x, NORM)
     if found is None or graph.calls[found].args["weight"] is None:
         return (), x.name, {}

@@ -84,33 +84,29 @@ def plan_bucket(
     """Join calls, and choose kernels for every one that moves data. ``fast``: FP8 products may be summed with fast
     accumulation; ``chains``: linears of one row may share a launch, unless the kernel refuses it: then ``apart`` of the
     plan says why. Raises TargetError for a call nothing serves."""
+    function, apart = fused(function, dims, select.ops, arch, fast), ""
     if chains:
         try:
-            return plan_joined(program, function, dims, arch, select, tuning, fast, True)
+            whole = chained(function, dims, select.ops, arch)
+            return plan_calls(program, whole, dims, arch, select, tuning)
         except UnservedChain as error:
             apart = str(error)
-            return replace(plan_joined(program, function, dims, arch, select, tuning, fast, False), apart=apart)
-    return plan_joined(program, function, dims, arch, select, tuning, fast, False)
+    return replace(plan_calls(program, function, dims, arch, select, tuning), apart=apart)
 
 
 class UnservedChain(Exception):
     """A chain that no kernel serves; its linears are served apart."""
 
 
-def plan_joined(
+def plan_calls(
     program: Program,
     function: Function,
     dims: Mapping[str, int],
     arch: int,
     select: Selector,
     tuning: Mapping[str, Mapping[str, Any]],
-    fast: bool,
-    chains: bool,
 ) -> BucketPlan:
-    """``plan_bucket`` with chains or without; raises UnservedChain."""
-    function = fused(function, dims, select.ops, arch, fast)
-    if chains:
-        function = chained(function, dims, select.ops, arch)
+    """The plan of a function whose calls are joined; raises UnservedChain."""
     values = {name: dense(name, w.type.dtype, eval_shape(w.type.shape, {})) for name, w in program.weights.items()}
     for name in (*function.inputs, *KEPT):
         kind = function.types[name]
