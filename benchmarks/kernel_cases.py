@@ -17,7 +17,7 @@ from targets.cuda.kernels import (
     gemm_persistent,
     gemm_q,
     gemm_q_few,
-    gemm_q_ring,
+    gemm_ring,
     gemm_w8a8,
     gemm_w8a8_persistent,
     gemv,
@@ -43,7 +43,7 @@ MODELS = {
     "mistral-7b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336),
                    "head": (32768, 4096)},
 }  # fmt: skip
-LINEARS = (gemv.KERNEL, gemm.KERNEL, gemm_persistent.KERNEL)
+LINEARS = (gemv.KERNEL, gemm.KERNEL, gemm_persistent.KERNEL, gemm_ring.KERNEL)
 OVER_CODES = (gemv_w8a8.KERNEL, gemm_w8a8.KERNEL, gemm_w8a8_persistent.KERNEL)
 QUANTIZED_ROWS = (1, 8, 32, 64, 128, 256, 2048)
 FULL = {"llama-3.1-8b": (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 8192)}
@@ -129,7 +129,7 @@ def weight_only(model: str, what: str, m: int, n: int, k: int, scheme: tuple[int
         "format": format, "bits": bits, "block_n": 1, "block_k": group, **ABSENT, "gate": "silu" if gated else None,
     }  # fmt: skip
     call = site(LINEAR_Q, values, (dense("out", "bfloat16", 1, m, n // 2 if gated else n),), {"T": m})
-    for kernel in (gemm_q.KERNEL, gemm_q_few.KERNEL, gemm_q_ring.KERNEL, gemv_q.KERNEL):
+    for kernel in (gemm_q.KERNEL, gemm_q_few.KERNEL, gemm_ring.KERNEL, gemv_q.KERNEL):
         yield from site_cases(kernel, call, model, what)
 
 

@@ -47,8 +47,9 @@ where codes meet codes, whose tiles then have room for fewer load stages: at 204
 242 us alone and 296 with it, with fast accumulation 152 and 169."""
 
 GATED_CODES = 64
-"""Rows up to which a gate joins a linear over codes of weights: on an H200 an 8B model's takes 221 us at 128 rows with
-it and 65 without, for the sums of both halves leave few registers."""
+"""Rows up to which a gate joins a linear over codes of weights that ``gemm_q`` alone serves: on an H200 an 8B model's
+takes 221 us at 128 rows with it and 65 without, for the sums of both halves leave few registers. ``gemm_ring``, whose
+registers hold both, takes 45 with it."""
 
 ABSENT = {"norm": None, "eps": 0.0, "offset": 0.0, "gate": None, "residual": None}
 HEAD_NORM = {"q_norm": None, "k_norm": None, "eps": 0.0, "offset": 0.0, "mul_in_fp32": False}
@@ -70,7 +71,7 @@ def fused(
     if LINEAR_8 in ops:
         rules.append(partial(codes_into_linears, runs=runs_codes(arch)))
     if LINEAR in ops:
-        rules.append(partial(activation_into_linear, coded=dims["T"] <= GATED_CODES))
+        rules.append(partial(activation_into_linear, coded=partial(gates_codes, rows=dims["T"], arch=arch)))
         few = decode and dims["T"] <= FEW_ROWS
         rules += [partial(addition_into_linear, coded=few)] if few or dims["T"] >= MANY_ROWS else []
         rules += [norm_into_linears] if decode and dims["T"] == 1 else []
@@ -85,12 +86,19 @@ def fused(
     return function
 
 
-def activation_into_linear(graph: Graph, at: int, call: OpCall, coded: bool) -> None:
-    """A linear and the gated activation of its result; ``coded``: one over codes of weights alone too."""
+def gates_codes(call: OpCall, rows: int, arch: int) -> bool:
+    """Whether a linear over codes of weights takes the gate of its result."""
+    v = call.args
+    streams = arch == 90 and v["block_n"] == 1 and v["block_k"] % 64 == 0 and v["format"] in ("int", "fp8_e4m3")
+    return rows <= GATED_CODES or streams
+
+
+def activation_into_linear(graph: Graph, at: int, call: OpCall, coded: Callable[[OpCall], bool]) -> None:
+    """A linear and the gated activation of its result; ``coded``: which of those over codes of weights alone."""
     if call.op != "llmopt.gated_activation" or not graph.two_bytes(call.outputs[0]):
         return
     source = open_linear(graph, call.args["x"])
-    if source is not None and (coded or graph.calls[source].op != QUANTIZED):
+    if source is not None and (graph.calls[source].op != QUANTIZED or coded(graph.calls[source])):
         args = {**ABSENT, **graph.calls[source].args, "gate": call.args["kind"]}
         graph.places[source] = ()
         graph.places[at] = (replace(graph.calls[source], op=joined(graph, source), args=args, outputs=call.outputs),)

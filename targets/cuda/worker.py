@@ -18,6 +18,7 @@ from typing import Any
 from .nvrtc import compile_source
 
 SWIZZLE_BYTES = (0, 32, 64, 128)
+DESCRIPTOR = re.compile(r"(tensordesc<[a-z]+(\d+)\[([\d, ]+)\]),(\d+)>")
 
 
 def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         registers, spills = resources(cubin, job["function"], folder)
         threads, shared = 32 * job["num_warps"], job["shared"]
         return {"symbol": job["function"], "threads": threads, "shared": shared, "registers": registers,
-                "spills": spills, "tensor_maps": []}  # fmt: skip
+                "spills": spills, "tensor_maps": [read_map(type_) for _, type_ in job["signature"] if "tensordesc" in type_]}  # fmt: skip
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
     from triton.compiler import ASTSource, compile  # type: ignore[import-untyped]
     from triton.experimental.gluon._runtime import GluonASTSource  # type: ignore[import-untyped]
@@ -71,11 +72,18 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def read_map(type_: str) -> list[Any]:
+    """Box and swizzle of a descriptor's type, ``tensordesc<i16[64, 32],64>``."""
+    found = DESCRIPTOR.fullmatch(type_)
+    assert found is not None, type_
+    return [[int(extent) for extent in found[3].split(",")], int(found[4])]
+
+
 def with_layout(type_: str) -> str:
     """A type as Gluon wants it: of a descriptor, ``tensordesc<i16[64, 32],64>``, the swizzle becomes a layout."""
     from triton.experimental.gluon.language import NVMMASharedLayout  # type: ignore[import-untyped]
 
-    found = re.fullmatch(r"(tensordesc<[a-z]+(\d+)\[([\d, ]+)\]),(\d+)>", type_)
+    found = DESCRIPTOR.fullmatch(type_)
     if found is None:
         return type_
     head, bits, extents, swizzle = found.groups()

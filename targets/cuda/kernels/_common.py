@@ -25,6 +25,7 @@ ELEMENTS = {
     "float32": "fp32",
     "int8": "i8",
     "int16": "i16",
+    "uint8": "u8",
     "float8_e4m3fn": "fp8e4nv",
 }
 FLOATS = ("bfloat16", "float16", "float32")

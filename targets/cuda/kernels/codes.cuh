@@ -1,18 +1,9 @@
-// What kernels over codes share: memory, numbers, tensor cores, activations (CUDA C++).
-// FORM: INT4, INT8 or FP8, of weights' codes; ROUND: of activations', or NOT_ROUNDED; SCALES: the type of scales.
-
-typedef unsigned short u16;
-typedef unsigned int u32;
-
-enum { INT4, INT8, FP8 };
-enum { NONE, SILU, GELU, GELU_TANH, RELU };
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+// What linears of one row over codes are made of, over numbers.cuh: copies, waits, the tensor cores, rounding.
+// ROUND: the format of activations' codes, or NOT_ROUNDED.
 
 // Powers of two: of integers' products (2^-133 of the code, 2^64 of x), and of FP8's (2^-120, 2^60).
 constexpr float UP = FORM == FP8 ? 0x1p60f : 0x1p64f;
 constexpr float UNDO = FORM == FP8 ? 0x1p60f : 0x1p69f;
-
-__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Weights pass through L2 and are not kept there.
 __device__ __forceinline__ void copy(u32 to, const void *from) {
@@ -43,13 +34,6 @@ __device__ __forceinline__ uint4 fresh(const u16 *p) {
                  : "memory");
     return v;
 }
-__device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-__device__ __forceinline__ u32 pair(float l, float h) {
-    u32 v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(h), "f"(l));
-    return v;
-}
 __device__ __forceinline__ float rounded(float v) { return low(pair(v, 0.f)); }
 __device__ __forceinline__ u32 larger(u32 a, u32 b) {
     u32 v;
@@ -60,14 +44,6 @@ __device__ __forceinline__ float fresh_one(const u16 *p) {
     u16 v;
     asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
     return low(v);
-}
-__device__ __forceinline__ float half_scale(u16 v) {
-    float f = low(v);
-    if (SCALES == FLOAT16) asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
-}
-__device__ __forceinline__ float scale_of(const void *p, long long i) {
-    return SCALES == FLOAT32 ? ((const float *)p)[i] : half_scale(((const u16 *)p)[i]);
 }
 __device__ __forceinline__ float shared_scale(u32 at) {
     u16 v;
@@ -82,20 +58,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// Codes number P of two elements, as subnormal bfloat16: nibbles of odd parts are 16 times as large.
-template <int P>
-__device__ __forceinline__ u32 numbers(u32 w) {
-    if (FORM == INT4) return (P >= 2 ? w >> 8 : w) & (P % 2 ? 0x00f000f0u : 0x000f000fu);
-    if (FORM == INT8) return ((P ? w >> 8 : w) & 0x00ff00ffu) ^ 0x00800080u;
-    return ((P ? w : w << 8) & 0x80008000u) | ((P ? w >> 4 : w << 4) & 0x07f007f0u);
-}
-__device__ __forceinline__ float activation(float v, int kind) {
-    if (kind == SILU) return v / (1.f + __expf(-v));
-    if (kind == GELU) return 0.5f * v * (1.f + erff(v * 0.7071067811865476f));
-    if (kind == GELU_TANH) return 0.5f * v * (1.f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
-    return fmaxf(v, 0.f);
-}
-
 // Rows over their scale, rounded to codes of eight bits, as numbers. Quotients are correctly rounded by the reciprocal
 // and one step of correction, as in _rounding.py.
 struct Rounding {

@@ -6,6 +6,7 @@
 // one bit operation for two codes, and x carries the power of two that brings products back into range.
 // PARAMETERS, LINKS, LINEARS and the other capitals are given by linear_chain.py.
 
+#include "numbers.cuh"
 #include "codes.cuh"
 
 // What is known of a linear at compile time. ``tiles``: of 16 rows of the weight that a program has, with a gate as

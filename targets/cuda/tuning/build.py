@@ -122,7 +122,7 @@ def work_of(kernel: str, site: CallSite, context: int) -> dict[str, Any]:
         moved, flops = quantized_experts_work(site)
         rotating = ("gate_up_codes", "down_codes")
         return {"bytes": moved, "flops": flops, "data": {"index": choices(site)}, "rotating": rotating}
-    if kernel in CODES:
+    if kernel in CODES and "codes" in site.values:
         moved, flops = quantized_work(site)
         return {"bytes": moved, "flops": flops, "data": bounds(site), "rotating": ("codes",)}
     moved, flops = linear_work(site)
@@ -290,7 +290,9 @@ def entry(case: Case, launches: tuple[Launch, ...]) -> Entry:
 def linear_check(case: Case) -> dict[str, Any] | None:
     """What a float64 check of a linear needs; operands must be dense, without norm or bias."""
     v = case.site.values
-    if case.kernel not in LINEARS or v.get("norm") is not None or v["bias"] is not None or not v["input"].contiguous:
+    if "weight" not in v or case.kernel not in LINEARS or v.get("norm") is not None or v["bias"] is not None:
+        return None
+    if not v["input"].contiguous:
         return None
     (n, k), m = v["weight"].shape, case.flops // (2 * v["weight"].shape[0] * v["weight"].shape[1])
     return {"m": m, "n": n, "k": k, "gate": v.get("gate"), "residual": v.get("residual") is not None}

@@ -129,7 +129,7 @@ def test_values_are_made_before_they_are_read() -> None:
 
 
 def test_linears_that_would_be_chained_are_tuned_alone_too() -> None:
-    cases = program_cases(stored(wide("int4-cuda").program), OPTIONS, 90, "llama", "^gemm_q_ring int4g128 1x")
+    cases = program_cases(stored(wide("int4-cuda").program), OPTIONS, 90, "llama", "^gemm_q_few int4g128 1x")
     assert len({case.key for case in cases}) == 4
 
 

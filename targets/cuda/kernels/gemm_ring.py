@@ -1,0 +1,272 @@
+"""Linear layer of 2 rows and more whose weights, numbers or codes, stream through a ring in shared memory (sm_90).
+
+In CUDA C++ (``gemm_ring.cu``). One thread starts all copies, the weights' before the wait for x, and no barrier of the
+whole program stands between a slot's arrival and its products: Triton and Gluon put one there. Parts of K meet in a
+cluster's shared memory or in memory. On an H200 the linears of an 8B layer over int4 take 50 us at 32 rows and 101 at
+128, where ``gemm_q_ring``, the Gluon kernel before it, took 62 and ``gemm_q`` 153 (ADR 38). Floor: the weights' bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmopt.program import dtype_bytes
+
+from ..eight_bits import QUANTIZED
+from ..fusion import ABSENT, LINEAR, LINEAR_Q, PLAIN_LINEAR
+from ..kernel import Argument, CallSite, KernelLaunch, Scratch, Selection, Specialization, Strided, TmaOperand
+from ..pack import chunk_of, parts_of
+from ..tuning import Tuned, find_linear, linear_form, quantized_form
+from ._common import SM_COUNT, cdiv, modelled_us, nbytes, pow2, type_of
+from ._eight_bits import scheme
+from ._gemm_ring_twin import GemmRingTwin
+from ._linear import Linear, read_linear, row_bounds
+from .gemm_q import as_elements, read_rows
+
+ARCH = 90
+MOST_ROWS = 128
+"""Rows of x that a program takes; more are more programs."""
+SHARED_BYTES = 227 << 10
+"""Of a multiprocessor, less what the system keeps of it for a program."""
+MOST_STAGES = 12
+REGISTERS = {(1, 1): 240, (2, 1): 216, (4, 1): 112, (1, 2): 224, (2, 2): 104, (1, 4): 96}
+"""Of a thread that multiplies, by warpgroups of a program and programs of a multiprocessor."""
+FLOPS = 0.6e9
+"""Operations a microsecond of shapes nobody measured."""
+FORMS = {"int4": "INT4", "int8": "INT8", "fp8_e4m3": "FP8"}
+TYPES = {"float32": "FLOAT32", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
+ELEMENTS = {"bfloat16": '"bf16"', "float16": '"f16"'}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What is multiplied: ``stored`` (N, elements of 16 bits); of codes their form, packing's chunk and columns of a
+    scale, and the tables of groups or the scales of rows, ``shared`` rows each."""
+
+    stored: Strided
+    form: str = "NUMBERS"
+    chunk: int = 64
+    group: int = 0
+    groups: Strided | None = None
+    zeros: Strided | None = None
+    scales: Strided | None = None
+    shared: int = 1
+    scheme: str = ""
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is codes."""
+        return self.form != "NUMBERS"
+
+    def columns(self, row: int) -> int:
+        """Columns that ``row`` bytes of a row hold."""
+        return {"NUMBERS": row // 2, "INT4": 2 * row}.get(self.form, row)
+
+
+@dataclass(frozen=True)
+class GemmRing:
+    """``aten.linear`` and ``cuda.linear`` (without its norm), ``llmopt.linear_q`` and ``cuda.linear_q`` on sm_90."""
+
+    name: str = "gemm_ring"
+    ops: tuple[str, ...] = (PLAIN_LINEAR, LINEAR, QUANTIZED, LINEAR_Q)
+
+    def select(self, site: CallSite) -> Selection | str:
+        if site.arch != ARCH:
+            return f"sm_{site.arch} has other tensor cores"
+        found = read(site)
+        if isinstance(found, str):
+            return found
+        linear, weight, key = found
+        if wrong := unmovable(linear, weight):
+            return wrong
+        tuned = find_linear(site.tuning, self.name, key, linear.m, linear.n, linear.k, linear.form)
+        c = fitted(tuned.config if tuned else shape_tiles(linear, weight), linear, weight)
+        if isinstance(c, str):
+            return c
+        made = launch(linear, weight, c, row_bounds(site, linear.m))
+        return Selection((made,), reason(linear, weight, c, tuned), tuned.us if tuned else untuned_us(linear, weight))
+
+
+def read(site: CallSite) -> tuple[Linear, Weight, str] | str:
+    """The linear, its weight and the first word of its tuning key, or why this kernel cannot do it."""
+    if "weight" in site.values:
+        linear = read_linear(site)
+        if isinstance(linear, str):
+            return linear
+        if linear.dtype not in ELEMENTS or linear.x.dtype != linear.dtype:
+            return f"weights of {linear.dtype}"
+        return linear, Weight(linear.weight), linear.dtype
+    v: Any = {**ABSENT, **site.values}
+    rows = read_rows(v, site.outputs[0])
+    if isinstance(rows, str):
+        return rows
+    x, out, residual = rows
+    weight = read_codes(v, x)
+    if isinstance(weight, str):
+        return weight
+    n, k = weight.stored.shape[0], x.shape[1]
+    return Linear(x, replace(weight.stored, shape=(n, k)), v["bias"], v["gate"], residual, out), weight, quantized_form(v, k)
+
+
+def read_codes(v: Mapping[str, Any], x: Strided) -> Weight | str:
+    """The weight of a linear over codes, or why it is not read."""
+    k, group, zeros = x.shape[1], v["block_k"], v["zeros"]
+    form = v["format"] if v["format"] != "int" else f"int{v['bits']}"
+    chunk, grouped = chunk_of(v["bits"], group, k), group != k or zeros is not None
+    if form not in FORMS or chunk < 64 or k % chunk or v["codes"].dtype != "uint8":
+        return f"{form} codes in chunks of {chunk} columns"
+    if grouped and (v["block_n"] != 1 or v["scales"].dtype != x.dtype):
+        return f"scales of {v['block_n']}x{group} in {v['scales'].dtype}"
+    if grouped and group != k and group % 128 and 128 % group:
+        return f"groups of {group} columns"
+    parts = parts_of(v["bits"], chunk, k)
+    assert parts == (4 if v["bits"] == 4 else 2)
+    tables = {"scales": v["scales"], "shared": v["block_n"]}
+    if grouped:
+        tables = {"groups": row_major(v["scales"]), "zeros": None if zeros is None else row_major(zeros)}
+    return Weight(as_elements(v["codes"], "int16"), FORMS[form], chunk, group, scheme=scheme(v, k), **tables)
+
+
+def row_major(table: Strided) -> Strided:
+    """A table, the stride of whose rows says nothing where there is one row."""
+    return replace(table, strides=(table.shape[1], 1)) if table.shape[0] == 1 else table
+
+
+def unmovable(linear: Linear, weight: Weight) -> str:
+    """Why the copy engine or the epilogue cannot move an operand; empty if they can."""
+    tables = [x for x in (weight.groups, weight.zeros) if x is not None]
+    operands = [linear.x, weight.stored, *tables]
+    if any(x.strides[0] * dtype_bytes(x.dtype) % 16 or x.offset * dtype_bytes(x.dtype) % 16 for x in operands):
+        return "the copy engine cannot move the operands"
+    if linear.gate is not None and linear.n % 2:
+        return "gates and ups differ in number"
+    if not linear.dense or linear.out.shape[1] % 2 or linear.out.offset % 2:
+        return "the results are strided"
+    return "" if linear.residual is None or linear.residual.offset % 2 == 0 else "the residual is not aligned"
+
+
+def shape_tiles(linear: Linear, weight: Weight) -> dict[str, int]:
+    """Tile and parts of K of a shape nobody measured: what won at the nearest measured ones (ADR 38)."""
+    gated, tall, many = linear.gate is not None, linear.n >= 16384, linear.m > 64
+    if many and (tall or linear.m > MOST_ROWS):
+        return {"BN": 256, "WARPGROUPS": 2, "PROGRAMS": 1, "SPLIT": 1, "CLUSTERED": 0, "ROW": 64}
+    if many:
+        split = 2 if cdiv(linear.n, 128) > 32 else 3
+        return {"BN": 128, "WARPGROUPS": 2, "PROGRAMS": 1, "SPLIT": split, "CLUSTERED": 1, "ROW": 64}
+    if tall or (gated and not weight.coded):
+        groups = 2 if weight.coded else 1
+        return {"BN": 128, "WARPGROUPS": groups, "PROGRAMS": 2, "SPLIT": 1, "CLUSTERED": 0, "ROW": 64}
+    split = 4 if linear.k >= 2 * linear.n else 2
+    return {"BN": 64, "WARPGROUPS": 1, "PROGRAMS": 2, "SPLIT": split, "CLUSTERED": int(split == 2), "ROW": 64}
+
+
+def slot_bytes(c: Mapping[str, int], linear: Linear, weight: Weight) -> int:
+    """Of x, weight and tables of a unit, as the source lays them out."""
+    columns, own = weight.columns(c["ROW"]), c["BN"] // (1 if linear.gate is None else 2)
+    line = cdiv(2 * own, 256) * 256 * (1 if linear.gate is None else 2)
+    tables = (weight.groups is not None) + (weight.zeros is not None)
+    lines = tables * max(1, columns // weight.group) if tables else 0
+    return cdiv(2 * c["BM"] * columns + c["BN"] * c["ROW"] + lines * line, 1024) * 1024
+
+
+def fitted(config: Mapping[str, int], linear: Linear, weight: Weight) -> dict[str, int] | str:
+    """A configuration with as many slots as fit, no part of K empty, and a unit no shorter than the packing's chunk; why
+    there is none."""
+    c = {**config, "BM": min(MOST_ROWS, max(8, pow2(linear.m)))}
+    aligned = weight.groups is None or weight.group % 256 == 0 or 256 % weight.group == 0 or weight.group == linear.k
+    c["ROW"] = 128 if weight.form != "INT4" else c["ROW"] if aligned else 64
+    if linear.gate is not None and not weight.coded and c["BN"] != 128 * c["WARPGROUPS"]:
+        return "gates and ups are not two blocks of a warpgroup"
+    units = cdiv(linear.k, weight.columns(c["ROW"]))
+    c["SPLIT"] = min(c["SPLIT"], units)
+    c["CLUSTERED"] = int(c["CLUSTERED"] and c["SPLIT"] > 1)
+    room = SHARED_BYTES // c["PROGRAMS"] - 1024 - 16
+    c["STAGES"] = min(MOST_STAGES, room // (slot_bytes(c, linear, weight) + 16), max(2, cdiv(units, c["SPLIT"])))
+    parts = 4 * c["BM"] * c["BN"] if c["CLUSTERED"] else 0
+    while c["CLUSTERED"] and c["STAGES"] * slot_bytes(c, linear, weight) < parts:
+        c["STAGES"] += 1
+    if c["STAGES"] < 2 or c["STAGES"] * (slot_bytes(c, linear, weight) + 16) > room:
+        return "a program's shared memory does not hold its ring"
+    return c
+
+
+def launch(linear: Linear, weight: Weight, c: Mapping[str, int], bounds: Mapping[str, Any]) -> KernelLaunch:
+    """The launch of a configuration."""
+    own = c["BN"] // (1 if linear.gate is None else 2)
+    box = 64 if linear.gate is not None and not weight.coded else own
+    tiles, tiles_of_rows = cdiv(linear.out.shape[1], own), cdiv(linear.m, c["BM"])
+    grid, memory = tiles * tiles_of_rows * c["SPLIT"], c["SPLIT"] > 1 and not c["CLUSTERED"]
+    given: dict[str, Argument | None] = {
+        "x": TmaOperand(linear.x, (c["BM"], 64), spare=True),
+        "weight": TmaOperand(weight.stored, (box, c["ROW"] // 2), c["ROW"]),
+        "groups": TmaOperand(weight.groups, (1, own), 0) if weight.groups is not None else None,
+        "zeros": TmaOperand(weight.zeros, (1, own), 0) if weight.zeros is not None else None,
+        "scales": weight.scales, "bias": linear.bias, "residual": linear.residual, "out": linear.out,
+        "bounds": bounds["bounds"],
+        "partial": Scratch("partial", 4 * grid * c["BM"] * c["BN"]) if memory else None,
+        "counter": Scratch("counter", 4 * tiles * tiles_of_rows, zeroed=True) if memory else None,
+    }  # fmt: skip
+    present = {name: arg for name, arg in given.items() if arg is not None}
+    scratch = {"partial": "*fp32", "counter": "*i32"}
+    signature = tuple((name, type_of(arg, scratch.get(name, ""), True)) for name, arg in present.items())
+    constants = {
+        "FORM": weight.form, "TYPE": TYPES[linear.x.dtype], "ELEMENT": ELEMENTS[linear.x.dtype], "N": linear.n,
+        "K": linear.k, "GATE": (linear.gate or "none").upper(), "CHUNK": weight.chunk, "GROUP": weight.group,
+        "ZEROS": int(weight.zeros is not None), "SHARED": weight.shared,
+        "SCALES": TYPES[weight.scales.dtype] if weight.scales is not None else "FLOAT32",
+        "TILES_OF_ROWS": tiles_of_rows, "LAST": bounds["last"] or 0, "REGISTERS": REGISTERS[c["WARPGROUPS"], c["PROGRAMS"]],
+        **{name: c[name] for name in ("BM", "BN", "WARPGROUPS", "PROGRAMS", "SPLIT", "CLUSTERED", "ROW", "STAGES")},
+        **{macro: expression(macro, name, given[name]) for macro, name in OPTIONAL.items()},
+        "PARAMETERS": ", ".join(parameter(name, arg) for name, arg in present.items()),
+    }  # fmt: skip
+    warps, shared = 4 * c["WARPGROUPS"] + 4, c["STAGES"] * (slot_bytes(c, linear, weight) + 16) + 16
+    spec = Specialization(
+        __name__, "gemm_ring", (*signature, ("rows", "i32")), tuple(constants.items()), num_warps=warps, pdl=True,
+        source="gemm_ring.cu", shared=shared,
+    )  # fmt: skip
+    operands = (weight.stored, weight.groups, weight.zeros, weight.scales)
+    moved = nbytes(linear.x, *operands, linear.residual, linear.out)
+    return KernelLaunch(spec, (grid, 1, 1), (*present.values(), linear.m), moved)
+
+
+OPTIONAL = {
+    "SCALES_OF_GROUPS": "groups", "ZEROS_OF_GROUPS": "zeros", "SCALES_OF_ROWS": "scales", "BIAS": "bias",
+    "RESIDUAL": "residual", "BOUNDS": "bounds", "PARTIAL": "partial", "COUNTER": "counter",
+}  # fmt: skip
+"""Operands that a linear may lack, by what the source calls them."""
+POINTED = {"scales": "const void", "out": "u16", "bounds": "const int", "partial": "float4", "counter": "u32"}
+"""C++ types of what pointers point to, where not numbers that are only read."""
+
+
+def parameter(name: str, arg: Argument) -> str:
+    """A parameter's declaration in C++."""
+    return f"DESCRIPTOR({name})" if isinstance(arg, TmaOperand) else f"{POINTED.get(name, 'const u16')} *{name}"
+
+
+def expression(macro: str, name: str, arg: Argument | None) -> str:
+    """An operand that may lack, as an expression in C++."""
+    if arg is None:
+        return f"(({POINTED.get(name, 'const u16')} *)nullptr)" if "GROUPS" not in macro else "nullptr"
+    return f"&{name}" if isinstance(arg, TmaOperand) else name
+
+
+def reason(linear: Linear, weight: Weight, c: Mapping[str, int], tuned: Tuned | None) -> str:
+    """Why and how, in words."""
+    parts = f", K in {c['SPLIT']} parts of a {'cluster' if c['CLUSTERED'] else 'tile'}" if c["SPLIT"] > 1 else ""
+    what = f"{weight.scheme or linear.dtype}, {linear.joined}ring of {c['STAGES']} slots, "
+    return f"{what}{c['BN']}x{c['BM']} tiles{parts}, {tuned.note if tuned else 'modelled'}"
+
+
+def untuned_us(linear: Linear, weight: Weight) -> float:
+    """Time of a shape nobody measured: the weights' bytes at two thirds of the memory's speed, or the products at as much
+    of the tensor cores'."""
+    moved = nbytes(linear.x, weight.stored, weight.groups, weight.zeros, linear.residual, linear.out)
+    flops = 2 * linear.m * linear.n * linear.k
+    return max(modelled_us(moved, ARCH, efficiency=0.65), flops / FLOPS) + 1
+
+
+KERNEL = GemmRing()
+TWIN = GemmRingTwin()
+"""What stands in for it in the interpreter."""
