@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from llmopt.program import Arg, Function, OpCall, Ref
 
@@ -88,7 +89,7 @@ def fused(
 
 def gates_codes(call: OpCall, rows: int, arch: int) -> bool:
     """Whether a linear over codes of weights takes the gate of its result."""
-    v = call.args
+    v: Mapping[str, Any] = call.args
     streams = arch == 90 and v["block_n"] == 1 and v["block_k"] % 64 == 0 and v["format"] in ("int", "fp8_e4m3")
     return rows <= GATED_CODES or streams
 

@@ -64,9 +64,9 @@ class Specialization:
     """One cubin: a jitted function with everything the compiler must know.
 
     ``signature``: Triton type of each runtime parameter in order (``*bf16``, ``i32``, ``fp32``, …); pointers are
-    16-byte aligned unless named in ``unaligned``. ``constexprs``: compile-time parameters. ``registers``: of a thread
-    at most where programs must fit beside each other, 0 for as many as there are. ``source``: file of CUDA C++ beside
-    the module that holds the function, with ``shared`` bytes of memory; constexprs are its macros.
+    16-byte aligned unless named in ``unaligned``. ``constexprs``: compile-time parameters. ``source``: file of
+    CUDA C++ beside the module that describes the function, with ``shared`` bytes of memory; constexprs are its macros,
+    and ``registers`` those of a thread at most where programs must fit beside each other, 0 for as many as there are.
     """
 
     module: str

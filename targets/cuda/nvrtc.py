@@ -48,7 +48,11 @@ def compile_source(job: Mapping[str, Any]) -> bytes:
     nvrtc = library()
     files = sources(job["module"], job["source"])
     names, (text, *headers) = [name.encode() for name in files], [part.encode() for part in files.values()]
-    options = [f"--gpu-architecture=sm_{job['arch']}{'a' if job['arch'] >= 90 else ''}", "--std=c++17", "--device-as-default-execution-space"]
+    options = [
+        f"--gpu-architecture=sm_{job['arch']}{'a' if job['arch'] >= 90 else ''}",
+        "--std=c++17",
+        "--device-as-default-execution-space",
+    ]
     options += [f"--maxrregcount={job['registers']}"] if job["registers"] else []
     options += [f"-D{name}={value}" for name, value in job["constexprs"]]
     program = checked(nvrtc.nvrtcCreateProgram(text, names[0], len(headers), headers, names[1:]))

@@ -18,7 +18,7 @@ from typing import Any
 from .nvrtc import compile_source
 
 SWIZZLE_BYTES = (0, 32, 64, 128)
-DESCRIPTOR = re.compile(r"(tensordesc<[a-z]+(\d+)\[([\d, ]+)\]),(\d+)>")
+DESCRIPTOR = re.compile(r"tensordesc<\w+\[([\d, ]+)\],(\d+)>")
 
 
 def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -28,8 +28,9 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         Path(job["out"]).write_bytes(cubin)
         registers, spills = resources(cubin, job["function"], folder)
         threads, shared = 32 * job["num_warps"], job["shared"]
+        maps = [read_map(type_) for _, type_ in job["signature"] if type_.startswith("tensordesc")]
         return {"symbol": job["function"], "threads": threads, "shared": shared, "registers": registers,
-                "spills": spills, "tensor_maps": [read_map(type_) for _, type_ in job["signature"] if "tensordesc" in type_]}  # fmt: skip
+                "spills": spills, "tensor_maps": maps}  # fmt: skip
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
     from triton.compiler import ASTSource, compile  # type: ignore[import-untyped]
     from triton.experimental.gluon._runtime import GluonASTSource  # type: ignore[import-untyped]
@@ -47,13 +48,10 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         if type_.startswith("*") and name not in job["unaligned"]
     }
     if function.is_gluon():
-        ordered = {name: with_layout(type_) for name, type_ in ordered.items()}
         source = GluonASTSource(function, ordered, constexprs, aligned)
     else:
         source = ASTSource(function, ordered, constexprs, aligned)
     options = {"num_warps": job["num_warps"], "num_stages": job["num_stages"]}
-    if job["registers"]:
-        options["maxnreg"] = job["registers"]
     compiled = compile(source, target=GPUTarget("cuda", job["arch"], 32), options=options)
     meta = compiled.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
@@ -76,18 +74,7 @@ def read_map(type_: str) -> list[Any]:
     """Box and swizzle of a descriptor's type, ``tensordesc<i16[64, 32],64>``."""
     found = DESCRIPTOR.fullmatch(type_)
     assert found is not None, type_
-    return [[int(extent) for extent in found[3].split(",")], int(found[4])]
-
-
-def with_layout(type_: str) -> str:
-    """A type as Gluon wants it: of a descriptor, ``tensordesc<i16[64, 32],64>``, the swizzle becomes a layout."""
-    from triton.experimental.gluon.language import NVMMASharedLayout  # type: ignore[import-untyped]
-
-    found = DESCRIPTOR.fullmatch(type_)
-    if found is None:
-        return type_
-    head, bits, extents, swizzle = found.groups()
-    return f"{head},{NVMMASharedLayout(int(swizzle), int(bits), rank=len(extents.split(',')))!r}>"
+    return [[int(extent) for extent in found[1].split(",")], int(found[2])]
 
 
 def resources(cubin: bytes, symbol: str, folder: Path) -> tuple[int, int]:

@@ -165,15 +165,15 @@ def modelled_us(moved: int, arch: int, launches: int = 1, efficiency: float = 0.
     return launches * LAUNCH_US + moved / (efficiency * BANDWIDTH.get(arch, 1e6))
 
 
-def type_of(arg: Any, scratch_type: str, gluon: bool) -> str:
-    """Triton's type of a runtime argument; Gluon's descriptors are told the swizzle as well."""
+def type_of(arg: Any, scratch_type: str, swizzled: bool = False) -> str:
+    """Triton's type of a runtime argument; ``swizzled``: a descriptor's says the swizzle as well, for CUDA C++."""
     match arg:
         case Strided():
             return POINTERS[arg.dtype]
         case Scratch():
             return scratch_type
         case TmaOperand():
-            swizzle = f",{arg.swizzle}" if gluon else ""
+            swizzle = f",{arg.swizzle}" if swizzled else ""
             return f"tensordesc<{ELEMENTS[arg.value.dtype]}[{', '.join(map(str, arg.box))}]{swizzle}>"
         case float():
             return "fp32"
@@ -191,24 +191,22 @@ def launch(
     stages: int = 3,
     moved: int = 0,
     scratch: Mapping[str, str] | None = None,
-    registers: int = 0,
 ) -> KernelLaunch:
     """A launch of a jitted function. ``tensors``: runtime arguments by parameter name, None for an absent one, which
-    becomes a constant; ``scratch``: types of the scratch pointers; ``registers``: see Specialization. From sm_90 on,
-    launches are programmatic dependent ones."""
+    becomes a constant; ``scratch``: types of the scratch pointers. From sm_90 on, launches are programmatic dependent
+    ones."""
     pdl = arch >= 90
     given = {name: arg for name, arg in tensors.items() if arg is not None}
     absent = {name: None for name, arg in tensors.items() if arg is None}
     order = [name for name in function.arg_names if name in given]
-    gluon = getattr(function, "is_gluon", bool)()
-    signature = tuple((name, type_of(given[name], (scratch or {}).get(name, ""), gluon)) for name in order)
+    signature = tuple((name, type_of(given[name], (scratch or {}).get(name, ""))) for name in order)
     values = {**absent, **constants, "PDL": pdl}
     constexprs = tuple((name, values[name]) for name in function.arg_names if name in values)
     offsets = {n: a.offset * nbytes_of(a) for n, a in given.items() if isinstance(a, Strided)}
     unaligned = tuple(name for name in order if offsets.get(name, 0) % 16)
     spec = Specialization(
         function.fn.__module__, function.__name__, signature, constexprs, num_warps=warps, num_stages=stages, pdl=pdl,
-        unaligned=unaligned, registers=registers,
+        unaligned=unaligned,
     )  # fmt: skip
     full = (*grid, 1, 1)[:3]
     return KernelLaunch(spec, (full[0], full[1], full[2]), tuple(given[name] for name in order), moved)

@@ -5,24 +5,25 @@
 // FORM, N, K, BM, BN and the other capitals are given by gemm_ring.py.
 
 #include "numbers.cuh"
+#include "weights.cuh"
 #include "wgmma.cuh"
 
 constexpr bool CODES = FORM != NUMBERS;
 constexpr bool GATED = GATE != NONE;
-constexpr bool BESIDE = GATED && CODES;        // 8 rows of gates and 8 of ups in a fragment, else in two blocks
+constexpr bool BESIDE = GATED && CODES;  // 8 rows of gates and 8 of ups in a fragment, else in two blocks
 constexpr int CODES_OF_WORD = FORM == INT4 ? 8 : FORM == NUMBERS ? 2 : 4;
-constexpr int COLUMNS = ROW / 4 * CODES_OF_WORD;       // of a unit, ROW bytes of each row of the weight
+constexpr int COLUMNS = ROW / 4 * CODES_OF_WORD;  // of a unit, ROW bytes of each row of the weight
 constexpr int UNITS = (K + COLUMNS - 1) / COLUMNS;
-constexpr int PARTS = CODES_OF_WORD / 2;               // codes of an element of 16 bits
-constexpr int PIECES = ROW / 32;                       // of 16 elements
+constexpr int PARTS = CODES_OF_WORD / 2;                    // codes of an element of 16 bits
+constexpr int PIECES = ROW / 32;                            // of 16 elements
 constexpr int BATCH = CODES ? CHUNK / PARTS / 16 : PIECES;  // pieces of a chunk
 constexpr bool GROUPED = CODES && (GROUP < K || ZEROS);
 constexpr int LINES = !GROUPED ? 0 : GROUP < COLUMNS ? COLUMNS / GROUP : 1;  // of the table of scales, of a unit
-constexpr int BLOCKS = BN / 64 / WARPGROUPS;           // of 64 rows, of a warpgroup
+constexpr int BLOCKS = BN / 64 / WARPGROUPS;                                 // of 64 rows, of a warpgroup
 constexpr int OUTPUTS = GATED ? N / 2 : N, OWN = GATED ? BN / 2 : BN;        // of all, of a tile
 constexpr int SUMS = BM / 2;
 constexpr int FRAGMENTS = BN / 16, ROW_TILES = BM / 8;  // a fragment: 16 rows of the weight, 8 of x
-constexpr int THREADS = 128 * WARPGROUPS;              // that multiply
+constexpr int THREADS = 128 * WARPGROUPS;               // that multiply
 static_assert(!GATED || CODES || BLOCKS == 2);
 
 // A slot of the ring, in bytes. Boxes begin at multiples of 128, also where entries are bytes.
@@ -31,10 +32,6 @@ constexpr int HALF_LINE = (OWN * 2 + 255) / 256 * 256, LINE = GATED ? 2 * HALF_L
 constexpr int SCALES_AT = X_BYTES + W_BYTES, ZEROS_AT = SCALES_AT + LINES * LINE;
 constexpr int SLOT = (ZEROS_AT + (ZEROS ? LINES * LINE : 0) + 1023) / 1024 * 1024;
 constexpr int ARRIVING = X_BYTES + W_BYTES + LINES * BN * (ZEROS ? 3 : 2);
-
-// Powers of two that codes carry as bfloat16, and what the sums take off.
-constexpr bool HALVES = TYPE == FLOAT16;
-constexpr float UNDO = !CODES || HALVES ? 1.f : FORM == FP8 ? 0x1p20f : 0x1p33f;
 
 struct Operands {
     const Map *x, *weight, *scales_of_groups, *zeros_of_groups;
@@ -45,68 +42,6 @@ struct Operands {
     u32 *counter;
     int rows, row, tile, rank;  // of x, and the first of the program's; its tile of the weight, and its part of K
 };
-
-// Pairs of the operands' type.
-__device__ __forceinline__ u32 joined(float l, float h) {
-    u32 v;
-    if (!HALVES) return pair(l, h);
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(h), "f"(l));
-    return v;
-}
-__device__ __forceinline__ float number(u16 v) {
-    float f = low(v);
-    if (HALVES) asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
-}
-__device__ __forceinline__ u32 both(u16 v) { return v * 0x10001u; }
-__device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
-    u32 v;
-    if (HALVES)
-        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
-    else
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
-    return v;
-}
-__device__ __forceinline__ u32 times(u32 a, u32 b) { return multiply_add(a, b, 0x80008000u); }
-
-// What turns codes of a row and group into its weights: code · scale + addend, or (code · one + addend) · scale.
-// [1]: of odd nibbles, which are 16 times as large.
-struct Factors {
-    u32 scale[2], addend[2];
-};
-constexpr bool AT_ONCE = !HALVES && !ZEROS;  // the addend is exact after the scale
-__device__ __forceinline__ Factors factors(u16 scale, int zero) {
-    Factors f;
-    if (HALVES) {
-        f.scale[0] = f.scale[1] = FORM == FP8 ? times(both(scale), 0x5c005c00u) : both(scale);  // 2^8
-        f.addend[0] = both(0xe400 + zero);                                                      // -(1024 + zero)
-        f.addend[1] = both(0xd400 + 16 * zero);                                                 // -(64 + zero)
-        return f;
-    }
-    f.scale[0] = times(both(scale), 0x71807180u);                     // 2^100
-    f.scale[1] = FORM == INT4 ? times(both(scale), 0x6f806f80u) : 0;  // 2^96
-    f.addend[0] = both(0x8000 + zero), f.addend[1] = both(0x8000 + 16 * zero);
-    if (AT_ONCE && FORM == INT4) f.addend[0] = f.addend[1] = times(both(scale), 0xb080b080u);  // -8 · 2^-33
-    if (AT_ONCE && FORM == INT8) f.addend[0] = times(both(scale), 0xb280b280u);                // -128 · 2^-33
-    if (AT_ONCE && FORM == FP8) f.addend[0] = 0x80008000u;
-    return f;
-}
-template <int P>
-__device__ __forceinline__ u32 weights(u32 w, const Factors &f) {
-    constexpr int ODD = FORM == INT4 ? P % 2 : 0;
-    if (!HALVES) {
-        if (AT_ONCE) return multiply_add(numbers<P>(w), f.scale[ODD], f.addend[ODD]);
-        return times(multiply_add(numbers<P>(w), 0x3f803f80u, f.addend[ODD]), f.scale[ODD]);
-    }
-    if (FORM == FP8) {
-        const u32 bits = (P ? w >> 1 : w << 7) & 0x3f803f80u;
-        return times(bits | ((P ? w : w << 8) & 0x80008000u), f.scale[0]);
-    }
-    if (FORM == INT8) w ^= P ? 0x80008000u : 0x00800080u;
-    const u32 mask = FORM == INT8 ? 0x00ff00ffu : ODD ? 0x00f000f0u : 0x000f000fu;
-    const u32 code = ((FORM == INT8 ? P : P >= 2) ? w >> 8 : w) & mask | 0x64006400u;
-    return times(multiply_add(code, ODD ? 0x2c002c00u : 0x3c003c00u, f.addend[ODD]), f.scale[ODD]);
-}
 
 // Where the parts P of piece S of a unit lie among its columns (see pack.py).
 constexpr int column(int piece, int part) {
@@ -148,7 +83,8 @@ struct Filler {
 #pragma unroll
         for (int i = 0; i < LINES; i++) {
             fetch(at + i * LINE, map, o.tile * OWN, first + i, barrier, once);
-            if (GATED) fetch(at + i * LINE + HALF_LINE / 2 * bytes, map, OUTPUTS + o.tile * OWN, first + i, barrier, once);
+            if (GATED)
+                fetch(at + i * LINE + HALF_LINE / 2 * bytes, map, OUTPUTS + o.tile * OWN, first + i, barrier, once);
         }
     }
     __device__ __forceinline__ void weight(int unit, int slot) const {
@@ -158,8 +94,8 @@ struct Filler {
         if (GATED && !CODES) {
 #pragma unroll
             for (int b = 0; b < BN / 64; b++)
-                fetch(at + X_BYTES + b * 64 * ROW, o.weight, column, b % 2 * OUTPUTS + o.tile * OWN + b / 2 * 64, barrier,
-                      once);
+                fetch(at + X_BYTES + b * 64 * ROW, o.weight, column, b % 2 * OUTPUTS + o.tile * OWN + b / 2 * 64,
+                      barrier, once);
         } else {
             fetch(at + X_BYTES, o.weight, column, o.tile * OWN, barrier, once);
             if (GATED) fetch(at + X_BYTES + OWN * ROW, o.weight, column, OUTPUTS + o.tile * OWN, barrier, once);
@@ -191,7 +127,8 @@ __device__ __forceinline__ Factors factors_at(u32 slot, int line, int row) {
     u16 scale;
     u32 zero = FORM == INT4 ? 8 : 128;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scale) : "r"(slot + SCALES_AT + line * LINE + row * 2) : "memory");
-    if (ZEROS) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(zero) : "r"(slot + ZEROS_AT + line * LINE + row) : "memory");
+    if (ZEROS)
+        asm volatile("ld.shared.u8 %0, [%1];" : "=r"(zero) : "r"(slot + ZEROS_AT + line * LINE + row) : "memory");
     return factors(scale, zero);
 }
 
@@ -274,8 +211,8 @@ __device__ __forceinline__ void store(const Operands &o, float l, float r, int n
         *(u32 *)(o.out + spot) = v;
     }
 }
-// The epilogue of a fragment, of which a lane holds two rows of x of rows ``lane / 4`` and 8 more of the weight; ``up``:
-// of the ups, where they are in another block.
+// The epilogue of a fragment, of which a lane holds two rows of x of rows ``lane / 4`` and 8 more of the weight;
+// ``up``: of the ups, where they are in another block.
 __device__ __forceinline__ void finish(const Operands &o, float4 v, float4 up, int fragment, int tile_of_rows) {
     const int n = o.tile * OWN + fragment * (BESIDE ? 8 : 16), g = threadIdx.x % 32 / 4;
     const auto complete = [&](float &l, float &r, int row) {

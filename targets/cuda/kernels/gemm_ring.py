@@ -18,8 +18,8 @@ from ..eight_bits import QUANTIZED
 from ..fusion import ABSENT, LINEAR, LINEAR_Q, PLAIN_LINEAR
 from ..kernel import Argument, CallSite, KernelLaunch, Scratch, Selection, Specialization, Strided, TmaOperand
 from ..pack import chunk_of, parts_of
-from ..tuning import Tuned, find_linear, linear_form, quantized_form
-from ._common import SM_COUNT, cdiv, modelled_us, nbytes, pow2, type_of
+from ..tuning import Tuned, find_linear, quantized_form
+from ._common import cdiv, modelled_us, nbytes, pow2, type_of
 from ._eight_bits import scheme
 from ._gemm_ring_twin import GemmRingTwin
 from ._linear import Linear, read_linear, row_bounds
@@ -107,7 +107,11 @@ def read(site: CallSite) -> tuple[Linear, Weight, str] | str:
     if isinstance(weight, str):
         return weight
     n, k = weight.stored.shape[0], x.shape[1]
-    return Linear(x, replace(weight.stored, shape=(n, k)), v["bias"], v["gate"], residual, out), weight, quantized_form(v, k)
+    return (
+        Linear(x, replace(weight.stored, shape=(n, k)), v["bias"], v["gate"], residual, out),
+        weight,
+        quantized_form(v, k),
+    )
 
 
 def read_codes(v: Mapping[str, Any], x: Strided) -> Weight | str:
@@ -172,8 +176,8 @@ def slot_bytes(c: Mapping[str, int], linear: Linear, weight: Weight) -> int:
 
 
 def fitted(config: Mapping[str, int], linear: Linear, weight: Weight) -> dict[str, int] | str:
-    """A configuration with as many slots as fit, no part of K empty, and a unit no shorter than the packing's chunk; why
-    there is none."""
+    """A configuration with as many slots as fit, no part of K empty, and a unit no shorter than the packing's chunk; or
+    why there is none."""
     c = {**config, "BM": min(MOST_ROWS, max(8, pow2(linear.m)))}
     aligned = weight.groups is None or weight.group % 256 == 0 or 256 % weight.group == 0 or weight.group == linear.k
     c["ROW"] = 128 if weight.form != "INT4" else c["ROW"] if aligned else 64
@@ -216,7 +220,8 @@ def launch(linear: Linear, weight: Weight, c: Mapping[str, int], bounds: Mapping
         "K": linear.k, "GATE": (linear.gate or "none").upper(), "CHUNK": weight.chunk, "GROUP": weight.group,
         "ZEROS": int(weight.zeros is not None), "SHARED": weight.shared,
         "SCALES": TYPES[weight.scales.dtype] if weight.scales is not None else "FLOAT32",
-        "TILES_OF_ROWS": tiles_of_rows, "LAST": bounds["last"] or 0, "REGISTERS": REGISTERS[c["WARPGROUPS"], c["PROGRAMS"]],
+        "TILES_OF_ROWS": tiles_of_rows, "LAST": bounds["last"] or 0,
+        "REGISTERS": REGISTERS[c["WARPGROUPS"], c["PROGRAMS"]],
         **{name: c[name] for name in ("BM", "BN", "WARPGROUPS", "PROGRAMS", "SPLIT", "CLUSTERED", "ROW", "STAGES")},
         **{macro: expression(macro, name, given[name]) for macro, name in OPTIONAL.items()},
         "PARAMETERS": ", ".join(parameter(name, arg) for name, arg in present.items()),
@@ -260,8 +265,8 @@ def reason(linear: Linear, weight: Weight, c: Mapping[str, int], tuned: Tuned | 
 
 
 def untuned_us(linear: Linear, weight: Weight) -> float:
-    """Time of a shape nobody measured: the weights' bytes at two thirds of the memory's speed, or the products at as much
-    of the tensor cores'."""
+    """Time of a shape nobody measured: the weights' bytes at two thirds of the memory's speed, or the products at
+    FLOPS."""
     moved = nbytes(linear.x, weight.stored, weight.groups, weight.zeros, linear.residual, linear.out)
     flops = 2 * linear.m * linear.n * linear.k
     return max(modelled_us(moved, ARCH, efficiency=0.65), flops / FLOPS) + 1

@@ -38,4 +38,3 @@ __device__ __forceinline__ float activation(float v, int kind) {
     if (kind == GELU_TANH) return 0.5f * v * (1.f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
     return fmaxf(v, 0.f);
 }
-

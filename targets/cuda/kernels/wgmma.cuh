@@ -97,16 +97,15 @@ __device__ __forceinline__ u64 rows_at(u32 place) {
 #define FIRST4 "%0, %1, %2, %3"
 #define FIRST8 FIRST4 ", %4, %5, %6, %7"
 #define FIRST16 FIRST8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define FIRST32                                                                                                        \
-    FIRST16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FIRST32 FIRST16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ELEMENT "." ELEMENT
-#define OF_REGISTERS(n, first, a, b, c, d, x, ...)                                                                     \
-    asm volatile(PRODUCT(n) " {" first "}, {%" #a ", %" #b ", %" #c ", %" #d "}, %" #x ", 1, 1, 1, 0;"                 \
-                 : __VA_ARGS__                                                                                         \
+#define OF_REGISTERS(n, first, a, b, c, d, x, ...)                                                     \
+    asm volatile(PRODUCT(n) " {" first "}, {%" #a ", %" #b ", %" #c ", %" #d "}, %" #x ", 1, 1, 1, 0;" \
+                 : __VA_ARGS__                                                                         \
                  : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(rows_at(x_place)))
-#define OF_SHARED(n, first, w, x, ...)                                                                                 \
-    asm volatile(PRODUCT(n) " {" first "}, %" #w ", %" #x ", 1, 1, 1, 0, 0;"                                           \
-                 : __VA_ARGS__                                                                                         \
+#define OF_SHARED(n, first, w, x, ...)                                       \
+    asm volatile(PRODUCT(n) " {" first "}, %" #w ", %" #x ", 1, 1, 1, 0, 0;" \
+                 : __VA_ARGS__                                               \
                  : "l"(rows_at(w_place)), "l"(rows_at(x_place)))
 
 constexpr int ROWS_PLACE = 64 * 128 / 16;  // from 64 rows to the next

@@ -116,31 +116,47 @@ def gemm_q_few(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
             yield {"BN": bn, "K_WARPS": k_warps, "ROW_WARPS": row_warps, "DEPTH": depth, "SPLIT": split}
 
 
-RING = ((64, 1, 1), (64, 1, 2), (64, 1, 4), (128, 1, 1), (128, 1, 2), (128, 2, 1), (128, 2, 2), (256, 2, 1), (256, 4, 1))
+RING = (
+    (64, 1, 1),
+    (64, 1, 2),
+    (64, 1, 4),
+    (128, 1, 1),
+    (128, 1, 2),
+    (128, 2, 1),
+    (128, 2, 2),
+    (256, 2, 1),
+    (256, 4, 1),
+)
 """Rows of the weight and warpgroups of a program, programs of a multiprocessor, of ``gemm_ring``."""
 CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22}
 """How many clusters of so many programs an H200 runs at once, by its driver's word."""
 
 
 def gemm_ring(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """From 2 rows on over codes of weights: programs that all run at once and for 0.6 of the multiprocessors or more, or
+    """From 2 rows on over codes of weights: programs that all run at once, for 0.6 of the multiprocessors or more; or
     whole tiles."""
     for (bn, groups, programs), split, clustered in product(RING, (1, 2, 3, 4, 5, 8), (0, 1)):
         tiles = cdiv(n, bn) * cdiv(m, 128)
         fits = tiles <= CLUSTERS.get(split, 0) * programs if clustered else tiles * split <= 132 * programs
         whole = split == 1 and tiles <= 132 * 8 * cdiv(m, 128)
         narrow = m > 64 and (programs > 2 or groups > 2)  # sums of 128 rows want registers
-        if m > 1 and clustered <= (split > 1) and tiles * split >= 80 and (fits or whole) and k >= 512 * split and not narrow:
+        if (
+            m > 1
+            and clustered <= (split > 1)
+            and tiles * split >= 80
+            and (fits or whole)
+            and k >= 512 * split
+            and not narrow
+        ):
             for row in (64, 128) if m <= 32 else (64,):
                 yield {"BN": bn, "WARPGROUPS": groups, "PROGRAMS": programs, "SPLIT": split, "CLUSTERED": clustered,
                        "ROW": row}  # fmt: skip
 
 
 def ring_of_numbers(m: int, n: int, k: int, gated: bool) -> Iterator[Config]:
-    """The same over numbers, one program a multiprocessor: where two have room, a launch that follows another puts two on
-    some multiprocessors and none on others. An 8B step of 32 rows then takes 4.82 ms and not 4.51, though alone the
-    linears are as fast. Few rows over tall weights are left to ``gemm``: alone an 8B model's gates and ups take 54 us at
-    8 rows for 57, in a step more."""
+    """The same over numbers, one program a multiprocessor: where two have room, a launch that follows another puts two
+    on some and none on others, and an 8B step of 32 rows takes 4.82 ms for 4.51. Few rows over tall weights are left to
+    ``gemm``: alone an 8B model's gates and ups take 54 us at 8 rows for 57, in a step 1 us more."""
     if m > 64 or n < 16384:
         yield from (c for c in gemm_ring(m, n, k, gated) if c["PROGRAMS"] == 1 and c["ROW"] == 64)
 

@@ -15,7 +15,7 @@ from targets.cuda.kernel import KernelLaunch, Selection
 from targets.cuda.kernels.gemm_ring import KERNEL, REGISTERS
 from targets.cuda.tuning import linear_form, linear_key
 from tests.targets.cuda.kernels.harness import close, run, select
-from tests.targets.cuda.kernels.test_cubins import bf16, linear, quantized
+from tests.targets.cuda.kernels.test_cubins import linear, quantized
 from tests.targets.cuda.kernels.test_fused_linear_kernels import ACTIVATIONS, BF16
 from tests.targets.cuda.kernels.test_quantized_kernels import FP16, compute, exact, operands
 
