@@ -125,6 +125,8 @@ def read_codes(v: Mapping[str, Any], x: Strided) -> Weight | str:
         return f"scales of {v['block_n']}x{group} in {v['scales'].dtype}"
     if grouped and group != k and group % 128 and 128 % group:
         return f"groups of {group} columns"
+    if zeros is not None and zeros.dtype != "uint8":
+        return f"zero points of {zeros.dtype}"
     parts = parts_of(v["bits"], chunk, k)
     assert parts == (4 if v["bits"] == 4 else 2)
     tables = {"scales": v["scales"], "shared": v["block_n"]}
