@@ -16,11 +16,13 @@ constexpr int COLUMNS = ROW / 4 * CODES_OF_WORD;  // of a unit, ROW bytes of eac
 constexpr int UNITS = (K + COLUMNS - 1) / COLUMNS;
 constexpr int PARTS = CODES_OF_WORD / 2;                    // codes of an element of 16 bits
 constexpr int PIECES = ROW / 32;                            // of 16 elements
-constexpr int BATCH = CODES ? CHUNK / PARTS / 16 : PIECES;  // pieces of a chunk
+constexpr int BATCH = CODES ? CHUNK / PARTS / 16 : PIECES;  // of a chunk
 constexpr bool GROUPED = CODES && (GROUP < K || ZEROS);
 constexpr int LINES = !GROUPED ? 0 : GROUP < COLUMNS ? COLUMNS / GROUP : 1;  // of the table of scales, of a unit
-constexpr int BLOCKS = BN / 64 / WARPGROUPS;                                 // of 64 rows, of a warpgroup
-constexpr int OUTPUTS = GATED ? N / 2 : N, OWN = GATED ? BN / 2 : BN;        // of all, of a tile
+constexpr bool AHEAD = BM <= 64;  // whether the next piece is read before a piece's products: 3% of few rows' time
+constexpr int PER_LINE = PIECES / (LINES ? LINES : 1);                 // pieces
+constexpr int BLOCKS = BN / 64 / WARPGROUPS;                           // of 64 rows, of a warpgroup
+constexpr int OUTPUTS = GATED ? N / 2 : N, OWN = GATED ? BN / 2 : BN;  // of all, of a tile
 constexpr int SUMS = BM / 2;
 constexpr int FRAGMENTS = BN / 16, ROW_TILES = BM / 8;  // a fragment: 16 rows of the weight, 8 of x
 constexpr int THREADS = 128 * WARPGROUPS;               // that multiply
@@ -47,28 +49,13 @@ struct Operands {
 constexpr int column(int piece, int part) {
     return piece / BATCH * CHUNK + part * (CHUNK / PARTS) + piece % BATCH * 16;
 }
-// Products of parts P and on of a batch of pieces of 64 rows with x. One part's are under way while the next part's
-// codes become numbers. ``leave``: called when no other unit's products are under way.
-template <int P, typename Leave>
-__device__ __forceinline__ void products(float (&sums)[SUMS], const uint4 (&w)[BATCH], const Factors (&f)[2], u32 x,
-                                         int piece, Leave leave) {
+// Parts P and on of a piece of 64 rows as weights.
+template <int P = 0>
+__device__ __forceinline__ void convert(u32 (&a)[PARTS][4], const uint4 &w, const Factors (&f)[2]) {
     if constexpr (P < PARTS) {
-        u32 a[BATCH][4];
-#pragma unroll
-        for (int s = 0; s < BATCH; s++) {
-            a[s][0] = weights<P>(w[s].x, f[0]), a[s][1] = weights<P>(w[s].y, f[1]);
-            a[s][2] = weights<P>(w[s].z, f[0]), a[s][3] = weights<P>(w[s].w, f[1]);
-        }
-        begin_products();
-#pragma unroll
-        for (int s = 0; s < BATCH; s++) {
-            const int c = column(piece + s, P);
-            multiply<BM, 0>(sums, a[s], x + (c / 64 * BM * 128 + c % 64 * 2) / 16);
-        }
-        end_products();
-        wait_products<1>();
-        if (P == 0) leave();
-        products<P + 1>(sums, w, f, x, piece, leave);
+        a[P][0] = weights<P>(w.x, f[0]), a[P][1] = weights<P>(w.y, f[1]);
+        a[P][2] = weights<P>(w.z, f[0]), a[P][3] = weights<P>(w.w, f[1]);
+        convert<P + 1>(a, w, f);
     }
 }
 
@@ -163,19 +150,28 @@ struct Multiplier {
                 if constexpr (CODES) {
                     Factors f[2] = {factors(TYPE == FLOAT16 ? 0x3c00 : 0x3f80, FORM == INT4 ? 8 : 128)};
                     f[1] = f[0];
+                    uint4 next = matrices(at + line[b]);
+                    // one piece's products are under way while the next one's codes become weights
 #pragma unroll
-                    for (int piece = 0; piece < PIECES; piece += BATCH) {
-                        uint4 w[BATCH];
-#pragma unroll
-                        for (int s = 0; s < BATCH; s++) w[s] = matrices((at + line[b]) ^ (piece + s) * 32);
-                        if constexpr (GROUPED) {
-                            const int table = LINES > 1 ? column(piece, 0) / GROUP : 0;
-                            f[0] = factors_at(at, table, row[b]);
-                            f[1] = factors_at(at, table, row[b] + (BESIDE ? HALF_LINE / 2 : 8));
+                    for (int piece = 0; piece < PIECES; piece++) {
+                        const uint4 w = next;
+                        if (AHEAD && piece + 1 < PIECES) next = matrices((at + line[b]) ^ (piece + 1) * 32);
+                        if (GROUPED && piece % PER_LINE == 0) {
+                            f[0] = factors_at(at, piece / PER_LINE, row[b]);
+                            f[1] = factors_at(at, piece / PER_LINE, row[b] + (BESIDE ? HALF_LINE / 2 : 8));
                         }
-                        products<0>(sums[b], w, f, place, piece, [&] {
-                            if (b == 0 && piece == 0) leave();
-                        });
+                        u32 a[PARTS][4];
+                        convert(a, w, f);
+                        begin_products();
+#pragma unroll
+                        for (int p = 0; p < PARTS; p++) {
+                            const int c = column(piece, p);
+                            multiply<BM, 0>(sums[b], a[p], place + (c / 64 * BM * 128 + c % 64 * 2) / 16);
+                        }
+                        end_products();
+                        wait_products<1>();
+                        if (!AHEAD && piece + 1 < PIECES) next = matrices((at + line[b]) ^ (piece + 1) * 32);
+                        if (b == 0 && piece == 0) leave();  // no other unit's products are under way
                     }
                 } else {
                     begin_products();
