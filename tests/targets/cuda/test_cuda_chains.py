@@ -22,10 +22,11 @@ from targets.cuda.build import choices
 from targets.cuda.chain import CHAIN, chained
 from targets.cuda.eight_bits import LINEAR_8
 from targets.cuda.fusion import ATTENTION, LINEAR, LINEAR_Q, fused
-from targets.cuda.kernels import linear_chain
+from targets.cuda.kernels import gemm_q_few, linear_chain
 from targets.cuda.kernels._common import SM_COUNT
 from targets.cuda.pack import stored
 from targets.cuda.select import discover
+from targets.cuda.tuning import candidates
 from targets.cuda.tuning.build import program_cases
 from tests.architectures import make_checkpoint
 from tests.captured import folder
@@ -128,7 +129,8 @@ def test_values_are_made_before_they_are_read() -> None:
             known |= set(call.outputs)
 
 
-def test_linears_that_would_be_chained_are_tuned_alone_too() -> None:
+def test_linears_that_would_be_chained_are_tuned_alone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(candidates.CODES, "gemm_q_few", lambda m, n, k, gated: [gemm_q_few.shape_tiles(gated)])
     cases = program_cases(stored(wide("int4-cuda").program), OPTIONS, 90, "llama", "^gemm_q_few int4g128 1x")
     assert len({case.key for case in cases}) == 4
 
