@@ -22,6 +22,8 @@ def run(**v: Any) -> None:
     x, out, n = v["x"].base, v["out"], v["N"]
     rows = min(v["rows"], int(v["bounds"][v["LAST"]])) if "bounds" in v else v["rows"]
     total = x[:rows].float() @ weight(v).float().T
+    if "x_scales" in v:
+        total = total * v["x_scales"][: 1 if v["STATIC"] else rows][:, None]
     if "scales" in v:
         total = total * v["scales"][: -(-n // v["SHARED"])].float().repeat_interleave(v["SHARED"])[:n]
     if "bias" in v:
@@ -43,6 +45,8 @@ def weight(v: dict[str, Any]) -> Any:
     stored = v["weight"].base
     if form == "NUMBERS":
         return stored
+    if form == "FP8_BY_FP8":
+        return stored.contiguous().view(type_)
     bits, format = (4 if form == "INT4" else 8), "fp8_e4m3" if form == "FP8" else "int"
     packed = stored.contiguous().view(torch.uint8).numpy()
     codes = torch.from_numpy(unpack_codes(packed, bits, v["CHUNK"], format))

@@ -8,10 +8,12 @@
 #include "weights.cuh"
 #include "wgmma.cuh"
 
-constexpr bool CODES = FORM != NUMBERS;
+constexpr bool CODES = FORM < NUMBERS;  // that become weights in registers
+constexpr bool BY_CODES = FORM == FP8_BY_FP8;
 constexpr bool GATED = GATE != NONE;
 constexpr bool BESIDE = GATED && CODES;  // 8 rows of gates and 8 of ups in a fragment, else in two blocks
 constexpr int CODES_OF_WORD = FORM == INT4 ? 8 : FORM == NUMBERS ? 2 : 4;
+constexpr int X_SIZE = BY_CODES ? 1 : 2;          // bytes
 constexpr int COLUMNS = ROW / 4 * CODES_OF_WORD;  // of a unit, ROW bytes of each row of the weight
 constexpr int UNITS = (K + COLUMNS - 1) / COLUMNS;
 constexpr int PARTS = CODES_OF_WORD / 2;                    // codes of an element of 16 bits
@@ -29,7 +31,7 @@ constexpr int THREADS = 128 * WARPGROUPS;               // that multiply
 static_assert(!GATED || CODES || BLOCKS == 2);
 
 // A slot of the ring, in bytes. Boxes begin at multiples of 128, also where entries are bytes.
-constexpr int X_BYTES = BM * COLUMNS * 2, W_BYTES = BN * ROW;
+constexpr int X_BYTES = BM * COLUMNS * X_SIZE, W_BYTES = BN * ROW;
 constexpr int HALF_LINE = (OWN * 2 + 255) / 256 * 256, LINE = GATED ? 2 * HALF_LINE : HALF_LINE;
 constexpr int SCALES_AT = X_BYTES + W_BYTES, ZEROS_AT = SCALES_AT + LINES * LINE;
 constexpr int SLOT = (ZEROS_AT + (ZEROS ? LINES * LINE : 0) + 1023) / 1024 * 1024;
@@ -38,6 +40,7 @@ constexpr int ARRIVING = X_BYTES + W_BYTES + LINES * BN * (ZEROS ? 3 : 2);
 struct Operands {
     const Map *x, *weight, *scales_of_groups, *zeros_of_groups;
     const void *scales;
+    const float *x_scales;
     const u16 *bias, *residual;
     u16 *out;
     float4 *partial;
@@ -92,8 +95,9 @@ struct Filler {
     }
     __device__ __forceinline__ void inputs(int unit, int slot) const {
 #pragma unroll
-        for (int c = 0; c < COLUMNS / 64; c++)
-            fetch(ring + slot * SLOT + c * BM * 128, o.x, unit * COLUMNS + c * 64, o.row, full + 8 * slot, again);
+        for (int c = 0; c < COLUMNS * X_SIZE / 128; c++)
+            fetch(ring + slot * SLOT + c * BM * 128, o.x, unit * COLUMNS + c * (128 / X_SIZE), o.row, full + 8 * slot,
+                  again);
     }
     // As many units' weights as there are slots before the wait for x.
     __device__ __forceinline__ void run(int begin, int end, u32 freed) const {
@@ -119,6 +123,28 @@ __device__ __forceinline__ Factors factors_at(u32 slot, int line, int row) {
     return factors(scale, zero);
 }
 
+// Sums of FP8 products lose bits in the tensor cores: they leave it after LONG units.
+constexpr bool PROMOTED = BY_CODES && INTERVAL;
+constexpr int LONG = PROMOTED ? INTERVAL / COLUMNS : 1;
+template <int SIZE>
+__device__ __forceinline__ float (&pick(float (&found)[SIZE], float (&sums)[SUMS])) [SUMS] {
+    if constexpr (PROMOTED)
+        return found;
+    else
+        return sums;
+} template <int SIZE>
+                                                                                    __device__ __forceinline__
+    void promote(float (&sums)[BLOCKS][SUMS], float (&found)[BLOCKS][SIZE]) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) {
+            asm volatile("" : "+f"(found[b][i])::"memory");  // not before the products are done
+            sums[b][i] += found[b][i];
+            found[b][i] = 0.f;
+        }
+}
+
 // Sums of a program's units, by its warpgroups.
 struct Multiplier {
     u32 ring, full, freed;
@@ -137,6 +163,7 @@ struct Multiplier {
             row[b] = BESIDE ? fragment * 8 + g : fragment * 16 + g;
             asm volatile("" : "+r"(line[b]), "+r"(row[b]));  // not to be computed again
         }
+        float found[BLOCKS][PROMOTED ? SUMS : 1] = {};
         u32 at = ring, barrier = full, phase = 0, before = 0;
 #pragma unroll 1
         for (int unit = begin; unit < end; unit++) {
@@ -174,13 +201,18 @@ struct Multiplier {
                         if (b == 0 && piece == 0) leave();  // no other unit's products are under way
                     }
                 } else {
+                    auto &to = pick(found[b], sums[b]);
                     begin_products();
 #pragma unroll
                     for (int s = 0; s < PIECES; s++)
-                        multiply<BM, 0>(sums[b], place + X_BYTES / 16 + (group * BLOCKS + b) * ROWS_PLACE + 2 * s,
+                        multiply<BM, 0>(to, place + X_BYTES / 16 + (group * BLOCKS + b) * ROWS_PLACE + 2 * s,
                                         place + 2 * s);
                     end_products();
                 }
+            }
+            if (PROMOTED && ((unit - begin) % LONG == LONG - 1 || unit + 1 == end)) {
+                wait_products<0>();
+                promote(sums, found);
             }
             if (!CODES) {
                 wait_products<BLOCKS>();
@@ -211,11 +243,17 @@ __device__ __forceinline__ void store(const Operands &o, float l, float r, int n
 // ``up``: of the ups, where they are in another block.
 __device__ __forceinline__ void finish(const Operands &o, float4 v, float4 up, int fragment, int tile_of_rows) {
     const int n = o.tile * OWN + fragment * (BESIDE ? 8 : 16), g = threadIdx.x % 32 / 4;
+    float of_l = 1.f, of_r = 1.f;
+    if (BY_CODES) {
+        const int row = o.row + tile_of_rows * 8 + threadIdx.x % 4 * 2;
+        of_l = o.x_scales[STATIC || row >= o.rows ? 0 : row],
+        of_r = o.x_scales[STATIC || row + 1 >= o.rows ? 0 : row + 1];
+    }
     const auto complete = [&](float &l, float &r, int row) {
         float factor = UNDO, addend = 0.f;
-        if (CODES && !GROUPED && row < N) factor *= scale_of(o.scales, row / SHARED);
+        if (FORM != NUMBERS && !GROUPED && row < N) factor *= scale_of(o.scales, row / SHARED);
         if (o.bias && row < N) addend = number(o.bias[row]);
-        l = l * factor + addend, r = r * factor + addend;
+        l = l * of_l * factor + addend, r = r * of_r * factor + addend;
     };
     complete(v.x, v.y, n + g);
     complete(v.z, v.w, BESIDE ? OUTPUTS + n + g : n + 8 + g);
@@ -304,7 +342,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTERED ? SPLIT : 1, 1, 1) __launc
     extern __shared__ __align__(1024) char memory[];
     const u32 ring = shared_address(memory), full = ring + STAGES * SLOT, freed = full + 8 * STAGES;
     u32 *const came = (u32 *)(memory + STAGES * (SLOT + 16));
-    Operands o{&x, &weight, SCALES_OF_GROUPS, ZEROS_OF_GROUPS, SCALES_OF_ROWS, BIAS, RESIDUAL, out, PARTIAL, COUNTER};
+    Operands o{&x,       &weight, SCALES_OF_GROUPS, ZEROS_OF_GROUPS, SCALES_OF_ROWS, SCALES_OF_X, BIAS,
+               RESIDUAL, out,     PARTIAL,          COUNTER};
     const int of_rows = blockIdx.x / SPLIT;  // tiles of rows are neighbours, parts of K nearer ones
     o.rows = BOUNDS ? min(rows, BOUNDS[LAST]) : rows;
     o.row = of_rows % TILES_OF_ROWS * BM, o.tile = of_rows / TILES_OF_ROWS, o.rank = blockIdx.x % SPLIT;

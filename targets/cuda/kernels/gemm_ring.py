@@ -14,13 +14,13 @@ from typing import Any
 
 from llmopt.program import dtype_bytes
 
-from ..eight_bits import QUANTIZED
+from ..eight_bits import INTERVAL, LINEAR_8, QUANTIZED
 from ..fusion import ABSENT, LINEAR, LINEAR_Q, PLAIN_LINEAR
 from ..kernel import Argument, CallSite, KernelLaunch, Scratch, Selection, Specialization, Strided, TmaOperand
 from ..pack import chunk_of, parts_of
 from ..tuning import Tuned, find_linear, quantized_form
 from ._common import cdiv, modelled_us, nbytes, pow2, type_of
-from ._eight_bits import scheme
+from ._eight_bits import read_linear_8, scheme
 from ._gemm_ring_twin import GemmRingTwin
 from ._linear import Linear, read_linear, row_bounds
 from .gemm_q import as_elements, read_rows
@@ -37,13 +37,14 @@ FLOPS = 0.6e9
 """Operations a microsecond of shapes nobody measured."""
 FORMS = {"int4": "INT4", "int8": "INT8", "fp8_e4m3": "FP8"}
 TYPES = {"float32": "FLOAT32", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
-ELEMENTS = {"bfloat16": '"bf16"', "float16": '"f16"'}
+ELEMENTS = {"bfloat16": '"bf16"', "float16": '"f16"', "float8_e4m3fn": '"e4m3"'}
 
 
 @dataclass(frozen=True)
 class Weight:
     """What is multiplied: ``stored`` (N, elements of 16 bits); of codes their form, packing's chunk and columns of a
-    scale, and the tables of groups or the scales of rows, ``shared`` rows each."""
+    scale, and the tables of groups or the scales of rows, ``shared`` rows each; where x is codes too, its scales, one
+    if ``static``, and columns of products that the tensor cores sum."""
 
     stored: Strided
     form: str = "NUMBERS"
@@ -53,12 +54,15 @@ class Weight:
     zeros: Strided | None = None
     scales: Strided | None = None
     shared: int = 1
+    x_scales: Strided | None = None
+    static: bool = False
+    interval: int = INTERVAL
     scheme: str = ""
 
     @property
     def coded(self) -> bool:
-        """Whether it is codes."""
-        return self.form != "NUMBERS"
+        """Whether it is codes that become weights in registers."""
+        return self.form in FORMS.values()
 
     def columns(self, row: int) -> int:
         """Columns that ``row`` bytes of a row hold."""
@@ -70,7 +74,7 @@ class GemmRing:
     """``aten.linear`` and ``cuda.linear`` (without its norm), ``llmopt.linear_q`` and ``cuda.linear_q`` on sm_90."""
 
     name: str = "gemm_ring"
-    ops: tuple[str, ...] = (PLAIN_LINEAR, LINEAR, QUANTIZED, LINEAR_Q)
+    ops: tuple[str, ...] = (PLAIN_LINEAR, LINEAR, QUANTIZED, LINEAR_Q, LINEAR_8)
 
     def select(self, site: CallSite) -> Selection | str:
         if site.arch != ARCH:
@@ -95,9 +99,11 @@ def read(site: CallSite) -> tuple[Linear, Weight, str] | str:
         linear = read_linear(site)
         if isinstance(linear, str):
             return linear
-        if linear.dtype not in ELEMENTS or linear.x.dtype != linear.dtype:
+        if linear.dtype not in ("bfloat16", "float16") or linear.x.dtype != linear.dtype:
             return f"weights of {linear.dtype}"
         return linear, Weight(linear.weight), linear.dtype
+    if "x_scale" in site.values:
+        return read_both_codes(site)
     v: Any = {**ABSENT, **site.values}
     rows = read_rows(v, site.outputs[0])
     if isinstance(rows, str):
@@ -112,6 +118,22 @@ def read(site: CallSite) -> tuple[Linear, Weight, str] | str:
         weight,
         quantized_form(v, k),
     )
+
+
+def read_both_codes(site: CallSite) -> tuple[Linear, Weight, str] | str:
+    """The same of codes of x by codes of the weight."""
+    found = read_linear_8(site)
+    if isinstance(found, str):
+        return found
+    if found.dtype != "float8_e4m3fn" or found.group < found.k or found.k % 16 or not found.weight.contiguous:
+        return f"{found.scheme}, codes by codes, of {found.k} columns"
+    if found.out.dtype not in ("bfloat16", "float16"):
+        return f"results of {found.out.dtype}"
+    weight = Weight(
+        as_elements(found.weight, "int16"), "FP8_BY_FP8", group=found.group, scales=found.scales, shared=found.shared,
+        x_scales=found.x_scale, static=found.static, interval=found.interval, scheme=found.scheme,
+    )  # fmt: skip
+    return found, weight, quantized_form(site.values, found.k)
 
 
 def read_codes(v: Mapping[str, Any], x: Strided) -> Weight | str:
@@ -156,7 +178,7 @@ def unmovable(linear: Linear, weight: Weight) -> str:
 def shape_tiles(linear: Linear, weight: Weight) -> dict[str, int]:
     """Tile and parts of K of a shape nobody measured: what won at the nearest measured ones (ADR 38)."""
     gated, tall, many = linear.gate is not None, linear.n >= 16384, linear.m > 64
-    if many and (tall or linear.m > MOST_ROWS):
+    if many and (tall or linear.m > MOST_ROWS) and not weight.x_scales:
         return {"BN": 256, "WARPGROUPS": 2, "PROGRAMS": 1, "SPLIT": 1, "CLUSTERED": 0, "ROW": 64}
     if many:
         split = 2 if cdiv(linear.n, 128) > 32 else 3
@@ -174,7 +196,7 @@ def slot_bytes(c: Mapping[str, int], linear: Linear, weight: Weight) -> int:
     line = cdiv(2 * own, 256) * 256 * (1 if linear.gate is None else 2)
     tables = (weight.groups is not None) + (weight.zeros is not None)
     lines = tables * max(1, columns // weight.group) if tables else 0
-    return cdiv(2 * c["BM"] * columns + c["BN"] * c["ROW"] + lines * line, 1024) * 1024
+    return cdiv((1 if weight.x_scales else 2) * c["BM"] * columns + c["BN"] * c["ROW"] + lines * line, 1024) * 1024
 
 
 def fitted(config: Mapping[str, int], linear: Linear, weight: Weight) -> dict[str, int] | str:
@@ -185,6 +207,8 @@ def fitted(config: Mapping[str, int], linear: Linear, weight: Weight) -> dict[st
     c["ROW"] = 128 if weight.form != "INT4" else c["ROW"] if aligned else 64
     if linear.gate is not None and not weight.coded and c["BN"] != 128 * c["WARPGROUPS"]:
         return "gates and ups are not two blocks of a warpgroup"
+    if weight.x_scales and weight.interval and c["BM"] * c["BN"] // c["WARPGROUPS"] > 128 * 64:
+        return "sums of codes by codes leave no registers"
     units = cdiv(linear.k, weight.columns(c["ROW"]))
     c["SPLIT"] = min(c["SPLIT"], units)
     c["CLUSTERED"] = int(c["CLUSTERED"] and c["SPLIT"] > 1)
@@ -205,12 +229,12 @@ def launch(linear: Linear, weight: Weight, c: Mapping[str, int], bounds: Mapping
     tiles, tiles_of_rows = cdiv(linear.out.shape[1], own), cdiv(linear.m, c["BM"])
     grid, memory = tiles * tiles_of_rows * c["SPLIT"], c["SPLIT"] > 1 and not c["CLUSTERED"]
     given: dict[str, Argument | None] = {
-        "x": TmaOperand(linear.x, (c["BM"], 64), spare=True),
+        "x": TmaOperand(linear.x, (c["BM"], 128 // dtype_bytes(linear.x.dtype)), spare=True),
         "weight": TmaOperand(weight.stored, (box, c["ROW"] // 2), c["ROW"]),
         "groups": TmaOperand(weight.groups, (1, own), 0) if weight.groups is not None else None,
         "zeros": TmaOperand(weight.zeros, (1, own), 0) if weight.zeros is not None else None,
-        "scales": weight.scales, "bias": linear.bias, "residual": linear.residual, "out": linear.out,
-        "bounds": bounds["bounds"],
+        "scales": weight.scales, "x_scales": weight.x_scales, "bias": linear.bias, "residual": linear.residual,
+        "out": linear.out, "bounds": bounds["bounds"],
         "partial": Scratch("partial", 4 * grid * c["BM"] * c["BN"]) if memory else None,
         "counter": Scratch("counter", 4 * tiles * tiles_of_rows, zeroed=True) if memory else None,
     }  # fmt: skip
@@ -218,8 +242,10 @@ def launch(linear: Linear, weight: Weight, c: Mapping[str, int], bounds: Mapping
     scratch = {"partial": "*fp32", "counter": "*i32"}
     signature = tuple((name, type_of(arg, scratch.get(name, ""), True)) for name, arg in present.items())
     constants = {
-        "FORM": weight.form, "TYPE": TYPES[linear.x.dtype], "ELEMENT": ELEMENTS[linear.x.dtype], "N": linear.n,
-        "K": linear.k, "GATE": (linear.gate or "none").upper(), "CHUNK": weight.chunk, "GROUP": weight.group,
+        "FORM": weight.form, "TYPE": TYPES[linear.out.dtype], "ELEMENT": ELEMENTS[linear.x.dtype],
+        "DEPTH": '"k32"' if weight.x_scales else '"k16"', "MAJOR": '""' if weight.x_scales else '", 0, 0"',
+        "INTERVAL": weight.interval, "STATIC": int(weight.static), "N": linear.n, "K": linear.k,
+        "GATE": (linear.gate or "none").upper(), "CHUNK": weight.chunk, "GROUP": weight.group,
         "ZEROS": int(weight.zeros is not None), "SHARED": weight.shared,
         "SCALES": TYPES[weight.scales.dtype] if weight.scales is not None else "FLOAT32",
         "TILES_OF_ROWS": tiles_of_rows, "LAST": bounds["last"] or 0,
@@ -233,17 +259,24 @@ def launch(linear: Linear, weight: Weight, c: Mapping[str, int], bounds: Mapping
         __name__, "gemm_ring", (*signature, ("rows", "i32")), tuple(constants.items()), num_warps=warps, pdl=True,
         source="gemm_ring.cu", shared=shared,
     )  # fmt: skip
-    operands = (weight.stored, weight.groups, weight.zeros, weight.scales)
+    operands = (weight.stored, weight.groups, weight.zeros, weight.scales, weight.x_scales)
     moved = nbytes(linear.x, *operands, linear.residual, linear.out)
     return KernelLaunch(spec, (grid, 1, 1), (*present.values(), linear.m), moved)
 
 
 OPTIONAL = {
-    "SCALES_OF_GROUPS": "groups", "ZEROS_OF_GROUPS": "zeros", "SCALES_OF_ROWS": "scales", "BIAS": "bias",
-    "RESIDUAL": "residual", "BOUNDS": "bounds", "PARTIAL": "partial", "COUNTER": "counter",
+    "SCALES_OF_GROUPS": "groups", "ZEROS_OF_GROUPS": "zeros", "SCALES_OF_ROWS": "scales", "SCALES_OF_X": "x_scales",
+    "BIAS": "bias", "RESIDUAL": "residual", "BOUNDS": "bounds", "PARTIAL": "partial", "COUNTER": "counter",
 }  # fmt: skip
 """Operands that a linear may lack, by what the source calls them."""
-POINTED = {"scales": "const void", "out": "u16", "bounds": "const int", "partial": "float4", "counter": "u32"}
+POINTED = {
+    "scales": "const void",
+    "x_scales": "const float",
+    "out": "u16",
+    "bounds": "const int",
+    "partial": "float4",
+    "counter": "u32",
+}
 """C++ types of what pointers point to, where not numbers that are only read."""
 
 

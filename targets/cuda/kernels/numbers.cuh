@@ -1,10 +1,10 @@
 // What every kernel in CUDA C++ shares: types, pairs of bfloat16, codes as numbers, activations.
-// FORM: INT4, INT8 or FP8, of weights' codes, or NUMBERS; SCALES: the type of scales.
+// FORM: INT4, INT8 or FP8, of weights' codes, NUMBERS, or FP8_BY_FP8 where x is codes too; SCALES: the type of scales.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 
-enum { INT4, INT8, FP8, NUMBERS };
+enum { INT4, INT8, FP8, NUMBERS, FP8_BY_FP8 };
 enum { NONE, SILU, GELU, GELU_TANH, RELU };
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 

@@ -3,7 +3,7 @@
 
 // Powers of two that codes carry as bfloat16, and what the sums take off.
 constexpr bool HALVES = TYPE == FLOAT16;
-constexpr float UNDO = FORM == NUMBERS || HALVES ? 1.f : FORM == FP8 ? 0x1p20f : 0x1p33f;
+constexpr float UNDO = FORM >= NUMBERS || HALVES ? 1.f : FORM == FP8 ? 0x1p20f : 0x1p33f;
 
 // Pairs of the operands' type.
 __device__ __forceinline__ u32 joined(float l, float h) {

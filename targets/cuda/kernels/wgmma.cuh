@@ -1,5 +1,6 @@
 // sm_90's copies of boxes, barriers they arrive at, and products of 64 rows by four warps, over numbers.cuh.
-// ELEMENT: what a product's operands are made of, "bf16" or "f16".
+// ELEMENT: what a product's operands are made of, "bf16", "f16" or "e4m3"; DEPTH: its columns, 32 bytes; MAJOR: how its
+// text says that columns are neighbours, where it must.
 
 typedef unsigned long long u64;
 
@@ -98,19 +99,19 @@ __device__ __forceinline__ u64 rows_at(u32 place) {
 #define FIRST8 FIRST4 ", %4, %5, %6, %7"
 #define FIRST16 FIRST8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define FIRST32 FIRST16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ELEMENT "." ELEMENT
+#define PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" #n DEPTH ".f32." ELEMENT "." ELEMENT
 #define OF_REGISTERS(n, first, a, b, c, d, x, ...)                                                     \
     asm volatile(PRODUCT(n) " {" first "}, {%" #a ", %" #b ", %" #c ", %" #d "}, %" #x ", 1, 1, 1, 0;" \
                  : __VA_ARGS__                                                                         \
                  : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(rows_at(x_place)))
-#define OF_SHARED(n, first, w, x, ...)                                       \
-    asm volatile(PRODUCT(n) " {" first "}, %" #w ", %" #x ", 1, 1, 1, 0, 0;" \
-                 : __VA_ARGS__                                               \
+#define OF_SHARED(n, first, w, x, ...)                                          \
+    asm volatile(PRODUCT(n) " {" first "}, %" #w ", %" #x ", 1, 1, 1" MAJOR ";" \
+                 : __VA_ARGS__                                                  \
                  : "l"(rows_at(w_place)), "l"(rows_at(x_place)))
 
 constexpr int ROWS_PLACE = 64 * 128 / 16;  // from 64 rows to the next
 
-// sums (64 rows of the weight, COUNT rows of x, from sum FROM on) += 16 columns of the weight, in registers, · x.
+// sums (64 rows of the weight, COUNT rows of x, from sum FROM on) += columns of the weight, in registers, · x.
 template <int COUNT, int FROM, int SUMS>
 __device__ __forceinline__ void multiply(float (&sums)[SUMS], const u32 (&w)[4], u32 x_place) {
     if constexpr (COUNT == 8) OF_REGISTERS(8, FIRST4, 4, 5, 6, 7, 8, FOUR(sums, FROM));

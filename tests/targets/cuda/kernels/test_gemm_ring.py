@@ -14,8 +14,9 @@ from targets.cuda.fusion import LINEAR
 from targets.cuda.kernel import KernelLaunch, Selection
 from targets.cuda.kernels.gemm_ring import KERNEL, REGISTERS
 from targets.cuda.tuning import linear_form, linear_key
+from tests.targets.cuda.kernels import test_w8a8_kernels
 from tests.targets.cuda.kernels.harness import close, run, select
-from tests.targets.cuda.kernels.test_cubins import linear, quantized
+from tests.targets.cuda.kernels.test_cubins import coded, linear, quantized
 from tests.targets.cuda.kernels.test_fused_linear_kernels import ACTIVATIONS, BF16
 from tests.targets.cuda.kernels.test_quantized_kernels import FP16, compute, exact, operands
 
@@ -123,6 +124,34 @@ def test_numbers(parts: dict[str, Any], dtype: torch.dtype, way: dict[str, int])
         close(of_numbers(v, way), exact_numbers(v))
 
 
+BY_CODES: list[dict[str, Any]] = [
+    {},
+    {"static": True, "shared": 16, "bias": True},
+    {"residual": True, "dtype": FP16},
+    {"gate": "silu", "bias": True},
+    {"gate": "relu", "residual": True},
+]
+
+
+@pytest.mark.parametrize("interval", [128, 256, 0])
+@pytest.mark.parametrize("way", OF_NUMBERS, ids=named)
+@pytest.mark.parametrize("parts", BY_CODES, ids=lambda parts: "-".join(parts) or "alone")
+def test_codes_by_codes(parts: dict[str, Any], way: dict[str, int], interval: int) -> None:
+    for m, n, k in ((3, 80, 208), (40, 64, 640), (130, 144, 272)):
+        if m < 100 or "gate" not in parts:
+            v = {**test_w8a8_kernels.operands(m, n, k, **parts), "interval": interval}
+            wide = {"WARPGROUPS": 2, "PROGRAMS": 1} if m > 64 else {}
+            close(test_w8a8_kernels.compute(KERNEL, v, {**way, **wide}), test_w8a8_kernels.exact(v))
+
+
+def test_a_scale_of_another_row_shows() -> None:
+    v = test_w8a8_kernels.operands(3, 32, 256)
+    right = test_w8a8_kernels.exact(v)
+    v["x_scale"] = v["x_scale"].roll(1, 1)
+    with pytest.raises(AssertionError, match="error"):
+        close(test_w8a8_kernels.compute(KERNEL, v, TWO_BLOCKS), right)
+
+
 def test_a_shifted_part_shows() -> None:
     v = operands(3, 32, 256, 4, 128)
     right = exact(v)
@@ -170,6 +199,7 @@ def test_untuned_shapes_compile_without_spills(cubins: CubinCache) -> None:
     for m in (8, 32, 64, 256):
         jobs += [job(quantized(m, 6144, 4096, 4, 128)), job(quantized(m, 4096, 14336, 8, 14336))]
         jobs += [job(quantized(m, 28672, 4096, 4, 128, gate="silu")), job(linear(m, 4096, 14336))]
+        jobs += [job(coded(m, 4096, 14336, "fp8_e4m3"))]
     built = compile_all(jobs, cubins, lambda *_: None)
     for one in jobs:
         programs = dict(one.specialization.constexprs)["PROGRAMS"]
