@@ -123,7 +123,7 @@ __device__ __forceinline__ Factors factors_at(u32 slot, int line, int row) {
     return factors(scale, zero);
 }
 
-// Sums of FP8 products lose bits in the tensor cores: they leave it after LONG units.
+// The tensor cores sum FP8 products with fewer bits: sums leave them after LONG units.
 constexpr bool PROMOTED = BY_CODES && INTERVAL;
 constexpr int LONG = PROMOTED ? INTERVAL / COLUMNS : 1;
 template <int SIZE>
