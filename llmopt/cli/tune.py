@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from llmopt.cli.output import Progress, emit_json, emit_pairs, emit_table, progress_bar
-from llmopt.errors import ConfigError, LlmoptError
+from llmopt.errors import ConfigError
 
 
 @click.command("tune")
@@ -100,7 +100,7 @@ def build(
     program, model = shape_program(source, loaded, max_context)
     try:
         found: dict[str, Any] = tuner.build_candidates(program, loaded.target_options, folder, model, only, progress)
-    except (LlmoptError, KeyboardInterrupt):
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return found

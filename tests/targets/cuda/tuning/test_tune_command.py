@@ -117,6 +117,20 @@ def test_a_bundle_does_not_go_where_something_is(tmp_path: Path) -> None:
     assert (tmp_path / "kept").exists()
 
 
+@pytest.mark.parametrize("error", [TargetError("no"), KeyError("a bug"), KeyboardInterrupt()], ids=repr)
+def test_a_bundle_half_made_is_removed(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(program: Any, options: Any, folder: Path, *others: object) -> None:
+        folder.mkdir()
+        (folder / "some.cubin").write_bytes(b"half")
+        raise error
+
+    config, made = tmp_path / "config.json", tmp_path / "bundle"
+    config.write_text(json.dumps(CONFIG))
+    monkeypatch.setattr(load_tuner("cuda"), "build_candidates", fail)
+    assert call(config, "-r", "bf16-cuda", "--build-only", made) != 0
+    assert not made.exists()
+
+
 def test_a_target_without_configurations_says_so() -> None:
     with pytest.raises(TargetError, match="reference has nothing to tune"):
         load_tuner("reference")
