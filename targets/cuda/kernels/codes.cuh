@@ -48,7 +48,7 @@ __device__ __forceinline__ float fresh_one(const u16 *p) {
 __device__ __forceinline__ float shared_scale(u32 at) {
     u16 v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
-    return half_scale(v);
+    return number<SCALES>(v);
 }
 // c (16 rows, 8 columns) += a (16, 16) · b (16, 8); a's columns and b's rows are named alike.
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

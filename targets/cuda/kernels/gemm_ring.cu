@@ -11,7 +11,8 @@
 constexpr bool CODES = FORM < NUMBERS;  // that become weights in registers
 constexpr bool BY_CODES = FORM == FP8_BY_FP8;
 constexpr bool GATED = GATE != NONE;
-constexpr bool BESIDE = GATED && CODES;  // 8 rows of gates and 8 of ups in a fragment, else in two blocks
+constexpr bool BESIDE = GATED && CODES;  // 8 rows of gates and 8 of ups in a fragment
+constexpr bool APART = GATED && !CODES;  // gates and ups in two blocks
 constexpr int CODES_OF_WORD = FORM == INT4 ? 8 : FORM == NUMBERS ? 2 : 4;
 constexpr int X_SIZE = BY_CODES ? 1 : 2;          // bytes
 constexpr int COLUMNS = ROW / 4 * CODES_OF_WORD;  // of a unit, ROW bytes of each row of the weight
@@ -28,7 +29,7 @@ constexpr int OUTPUTS = GATED ? N / 2 : N, OWN = GATED ? BN / 2 : BN;  // of all
 constexpr int SUMS = BM / 2;
 constexpr int FRAGMENTS = BN / 16, ROW_TILES = BM / 8;  // a fragment: 16 rows of the weight, 8 of x
 constexpr int THREADS = 128 * WARPGROUPS;               // that multiply
-static_assert(!GATED || CODES || BLOCKS == 2);
+static_assert(!APART || BLOCKS == 2);
 
 // A slot of the ring, in bytes. Boxes begin at multiples of 128, also where entries are bytes.
 constexpr int X_BYTES = BM * COLUMNS * X_SIZE, W_BYTES = BN * ROW;
@@ -81,7 +82,7 @@ struct Filler {
         const u32 barrier = full + 8 * slot, at = ring + slot * SLOT;
         const int column = unit * (ROW / 2);  // elements of 16 bits
         expect(barrier, ARRIVING);
-        if (GATED && !CODES) {
+        if (APART) {
 #pragma unroll
             for (int b = 0; b < BN / 64; b++)
                 fetch(at + X_BYTES + b * 64 * ROW, o.weight, column, b % 2 * OUTPUTS + o.tile * OWN + b / 2 * 64,
@@ -234,7 +235,7 @@ __device__ __forceinline__ void store(const Operands &o, float l, float r, int n
         const long long spot = (long long)row * OUTPUTS + output;
         if (o.residual) {
             const u32 rest = *(const u32 *)(o.residual + spot);
-            v = joined(number(v) + number(rest), number(v >> 16) + number(rest >> 16));
+            v = joined(number<TYPE>(v) + number<TYPE>(rest), number<TYPE>(v >> 16) + number<TYPE>(rest >> 16));
         }
         *(u32 *)(o.out + spot) = v;
     }
@@ -252,7 +253,7 @@ __device__ __forceinline__ void finish(const Operands &o, float4 v, float4 up, i
     const auto complete = [&](float &l, float &r, int row) {
         float factor = UNDO, addend = 0.f;
         if (FORM != NUMBERS && !GROUPED && row < N) factor *= scale_of(o.scales, row / SHARED);
-        if (o.bias && row < N) addend = number(o.bias[row]);
+        if (o.bias && row < N) addend = number<TYPE>(o.bias[row]);
         l = l * of_l * factor + addend, r = r * of_r * factor + addend;
     };
     complete(v.x, v.y, n + g);
@@ -272,7 +273,6 @@ __device__ __forceinline__ void finish(const Operands &o, float4 v, float4 up, i
 }
 
 // Fragments as parts of K leave them: of blocks of gates before those of ups.
-constexpr bool APART = GATED && !BESIDE;
 constexpr int WIDE = APART ? FRAGMENTS / 2 : FRAGMENTS;  // that ``finish`` takes
 __device__ __forceinline__ int fragment_of(int b) {
     const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;

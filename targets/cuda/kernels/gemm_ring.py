@@ -212,12 +212,11 @@ def fitted(config: Mapping[str, int], linear: Linear, weight: Weight) -> dict[st
     units = cdiv(linear.k, weight.columns(c["ROW"]))
     c["SPLIT"] = min(c["SPLIT"], units)
     c["CLUSTERED"] = int(c["CLUSTERED"] and c["SPLIT"] > 1)
-    room = SHARED_BYTES // c["PROGRAMS"] - 1024 - 16
-    c["STAGES"] = min(MOST_STAGES, room // (slot_bytes(c, linear, weight) + 16), max(2, cdiv(units, c["SPLIT"])))
-    parts = 4 * c["BM"] * c["BN"] if c["CLUSTERED"] else 0
-    while c["CLUSTERED"] and c["STAGES"] * slot_bytes(c, linear, weight) < parts:
-        c["STAGES"] += 1
-    if c["STAGES"] < 2 or c["STAGES"] * (slot_bytes(c, linear, weight) + 16) > room:
+    slot, room = slot_bytes(c, linear, weight), SHARED_BYTES // c["PROGRAMS"] - 1024 - 16
+    parts = 4 * c["BM"] * c["BN"] if c["CLUSTERED"] else 0  # of K, that lie where the ring was
+    c["STAGES"] = min(MOST_STAGES, room // (slot + 16), max(2, cdiv(units, c["SPLIT"])))
+    c["STAGES"] = max(c["STAGES"], cdiv(parts, slot))
+    if c["STAGES"] < 2 or c["STAGES"] * (slot + 16) > room:
         return "a program's shared memory does not hold its ring"
     return c
 

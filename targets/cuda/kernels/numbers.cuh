@@ -17,13 +17,15 @@ __device__ __forceinline__ u32 pair(float l, float h) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(h), "f"(l));
     return v;
 }
-__device__ __forceinline__ float half_scale(u16 v) {
+// A number of 16 bits of a type.
+template <int KIND>
+__device__ __forceinline__ float number(u16 v) {
     float f = low(v);
-    if (SCALES == FLOAT16) asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    if (KIND == FLOAT16) asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
     return f;
 }
 __device__ __forceinline__ float scale_of(const void *p, long long i) {
-    return SCALES == FLOAT32 ? ((const float *)p)[i] : half_scale(((const u16 *)p)[i]);
+    return SCALES == FLOAT32 ? ((const float *)p)[i] : number<SCALES>(((const u16 *)p)[i]);
 }
 // Codes number P of two elements, as subnormal bfloat16: nibbles of odd parts are 16 times as large.
 template <int P>

@@ -12,11 +12,6 @@ __device__ __forceinline__ u32 joined(float l, float h) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(h), "f"(l));
     return v;
 }
-__device__ __forceinline__ float number(u16 v) {
-    float f = low(v);
-    if (HALVES) asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
-}
 __device__ __forceinline__ u32 both(u16 v) { return v * 0x10001u; }
 __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
     u32 v;

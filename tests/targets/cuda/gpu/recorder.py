@@ -20,11 +20,10 @@ from llmopt.program import dtype_bytes
 from targets.cuda.cache import CubinCache, Job
 from targets.cuda.compile import compile_all, compiler_version
 from targets.cuda.kernel import KernelLaunch, Scratch, Specialization, Strided, TmaOperand
+from tests.targets.cuda.gpu.replay import NOT_KEPT
 from tests.targets.cuda.kernels import harness
 
 ARCH = 90
-NOT_KEPT = "scratch"
-"""The type of what a kernel in CUDA C++ leaves in scratch and its twin in PyTorch does not."""
 
 
 class Recorder:

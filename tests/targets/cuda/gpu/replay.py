@@ -24,7 +24,7 @@ from llmopt.runtime.executors.cuda.launches import BoundLaunch, Kernels
 Bytes = npt.NDArray[np.uint8]
 
 NOT_KEPT = "scratch"
-"""What the recorder calls scratch that only the kernel writes."""
+"""The type of what a kernel in CUDA C++ leaves in scratch and its twin in PyTorch does not."""
 
 TOLERANCE = {
     "bfloat16": 2.0**-6,
