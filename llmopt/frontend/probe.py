@@ -172,6 +172,23 @@ def probe_rope(function: Callable[..., Any], expand: Callable[[Tensor], Tensor],
     return None
 
 
+def probe_complex_rope(function: Callable[..., Any], axis: int) -> RopeForm | None:
+    """Whether ``function(q[, k], turns)``, of complex ``turns`` (1, T, F), is llmopt.rope of each tensor, whose heads
+    are in ``axis`` 1 or 2."""
+    rows, half = 6, 4
+    tensors = list(inspect.signature(function).parameters).index("freqs_cis")
+    angles = random(1, rows, half, scale=3.0)
+    parts = [random(1, heads, rows, 2 * half) for heads in (3, 2)][:tensors]
+    given = [x.transpose(1, axis) for x in parts]
+    result = call(function, *given, torch.polar(torch.ones_like(angles), angles))
+    results = result if isinstance(result, tuple) else (result,)
+    form = RopeForm(interleaved=True, sorts=False, tensors=tensors)
+    if len(results) != tensors or not all(isinstance(x, Tensor) and x.dim() == 4 for x in results):
+        return None
+    turned = [form(x, angles.cos(), angles.sin()) for x in parts]
+    return form if all(close(x.transpose(1, axis), y) for x, y in zip(results, turned)) else None
+
+
 def probe_gate(module: nn.Module) -> str | None:
     """Name of the gated activation an experts module applies to (rows, 2I); None when it is none of ours."""
     x = random(ROWS, 32, scale=6.0)

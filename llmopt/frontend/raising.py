@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 from torch import Tensor, nn
@@ -16,9 +16,19 @@ from transformers.pytorch_utils import Conv1D
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.frontend.hooks import Capture
-from llmopt.frontend.probe import Norm, RopeForm, probe_activation, probe_gate, probe_norm, probe_rope
+from llmopt.frontend.probe import (
+    Norm,
+    RopeForm,
+    probe_activation,
+    probe_complex_rope,
+    probe_gate,
+    probe_norm,
+    probe_rope,
+)
 from llmopt.frontend.rotary import LAYOUTS, RotaryTable, Tables, is_rotary, probe_rotary
 from llmopt.ir.ops.activation import ACTIVATIONS
+
+Raise: TypeAlias = Callable[[FunctionType, Tables], Callable[..., Any] | None]
 
 
 class RaisedNorm(nn.Module):
@@ -106,14 +116,34 @@ def replace(model: nn.Module, path: str, new: nn.Module) -> None:
     model.get_submodule(parent)._modules[leaf] = new
 
 
-def rope_functions(modules: list[ModuleType]) -> Iterator[tuple[ModuleType, str, FunctionType]]:
-    """Module-level functions of q, k (or x), cos and sin."""
+def rope_functions(modules: list[ModuleType]) -> Iterator[tuple[ModuleType, str, FunctionType, Raise]]:
+    """Module-level functions of q, k (or x) and of cos and sin, or of a complex table, with what raises them."""
     for module in modules:
         for name, value in list(vars(module).items()):
             if inspect.isfunction(value):
                 names = list(inspect.signature(value).parameters)
                 if "cos" in names[1:3] and "sin" in names[2:4]:
-                    yield module, name, value
+                    yield module, name, value, raised_rope
+                elif "freqs_cis" in names[1:3]:
+                    yield module, name, value, raised_complex_rope
+
+
+def raised_complex_rope(function: FunctionType, tables: Tables) -> Callable[..., Any] | None:
+    """The function as llmopt.rope where its table is ours and a probe agrees; None if never."""
+    found = next(((axis, form) for axis in (1, 2) if (form := probe_complex_rope(function, axis))), None)
+    if found is None:
+        return None
+    (axis, form), signature = found, inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        values = signature.bind(*args, **kwargs).arguments
+        pair = tables.pair(values["freqs_cis"])
+        if pair is None:
+            return function(*args, **kwargs)
+        return rotate(form, list(values.values())[: form.tensors], *pair, axis)
+
+    return wrapper
 
 
 def raised_rope(function: FunctionType, tables: Tables) -> Callable[..., Any] | None:
@@ -158,8 +188,8 @@ def rotate(form: RopeForm, values: list[Tensor], cos: Tensor, sin: Tensor, axis:
 def raised_functions(modules: list[ModuleType], tables: Tables) -> Iterator[None]:
     """Patch the rotation functions of the model's Python modules while the context lasts."""
     with ExitStack() as stack:
-        for module, name, function in rope_functions(modules):
-            wrapper = raised_rope(function, tables)
+        for module, name, function, raised in rope_functions(modules):
+            wrapper = raised(function, tables)
             if wrapper is not None:
                 stack.enter_context(mock.patch.object(module, name, wrapper))
         yield

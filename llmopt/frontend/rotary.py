@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from llmopt.errors import UnsupportedModelError
 from llmopt.frontend.probe import close
 
+COMPLEX = "complex"
+"""The layout of a table of complex numbers cos + i·sin, which rotate pairs (2i, 2i + 1) as complex numbers."""
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "doubled": lambda half: torch.cat((half, half), dim=-1),
     "repeated": lambda half: torch.repeat_interleave(half, 2, dim=-1),
@@ -34,13 +36,24 @@ class Table:
 
 @dataclass
 class Tables:
-    """cos and sin of the traced step: which half table (1, T, F) an expanded tensor came from."""
+    """cos and sin of the traced step: which half table (1, T, F) an expanded tensor came from, or which two a complex
+    one."""
 
     halves: dict[int, tuple[Tensor, Tensor, str]] = field(default_factory=dict)
+    pairs: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def record(self, expanded: Tensor, half: Tensor, layout: str) -> None:
         """Remember an expanded tensor (kept alive, so that its id stays its own)."""
         self.halves[id(expanded)] = (expanded, half, layout)
+
+    def record_pair(self, turns: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Remember a complex table (kept alive too)."""
+        self.pairs[id(turns)] = (turns, cos, sin)
+
+    def pair(self, tensor: Any) -> tuple[Tensor, Tensor] | None:
+        """cos and sin behind a complex table, if a rotary module of ours made it."""
+        found = self.pairs.get(id(tensor))
+        return found[1:] if found else None
 
     def half(self, tensor: Any) -> tuple[Tensor, str] | None:
         """The half table and layout behind a tensor, if a rotary module of ours made it."""
@@ -111,11 +124,17 @@ def run_copy(module: Any, name: str, kind: str | None, length: int, where: str) 
             expected = (expand(angles.cos() * scale), expand(angles.sin() * scale))
             if all(close(a, b, 1e-4) for a, b in zip(result, expected)):
                 return Table(inv_freq, scale, layout)
+    if isinstance(result, Tensor) and result.is_complex() and inv_freq.dim() == 1:
+        angles = positions[..., None].float() * inv_freq
+        expected = (angles.cos() * scale, angles.sin() * scale)
+        if all(close(a, b, 1e-4) for a, b in zip((result.real, result.imag), expected)):
+            return Table(inv_freq, scale, COMPLEX)
     raise UnsupportedModelError("rotary embedding computes no known cos and sin table", where=where)
 
 
 class RotaryTable(nn.Module):
-    """Stands in for a rotary module: cos and sin in its layout, over one llmopt.rotary_table op."""
+    """Stands in for a rotary module: cos and sin in its layout, over one llmopt.rotary_table op. What remains of a
+    complex table after the rotations that read it are raised is an operator that no target knows."""
 
     def __init__(
         self, config: Any, tables: dict[str | None, Table], made: Tables, known: dict[str, Tensor], path: str
@@ -131,8 +150,8 @@ class RotaryTable(nn.Module):
                     self.register_buffer(leaf, value.to("meta"), persistent=False)
                     known[f"{path}.{leaf}"] = value
 
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin (1, T, D) in x's dtype for position_ids (1, T)."""
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        """cos and sin (1, T, D) in x's dtype for position_ids (1, T), or one complex table (1, T, F) of fp32."""
         kind = layer_type if layer_type in self.tables else None
         table, prefix = self.tables[kind], f"{kind}_" if kind else ""
         halves = torch.ops.llmopt.rotary_table(
@@ -143,8 +162,12 @@ class RotaryTable(nn.Module):
             table.scale_long,
             table.switch,
             None,
-            x.dtype,
+            torch.float32 if table.layout == COMPLEX else x.dtype,
         )
+        if table.layout == COMPLEX:
+            turns = torch.complex(*halves)
+            self.made.record_pair(turns, *halves)
+            return turns
         expanded = tuple(LAYOUTS[table.layout](half) for half in halves)
         for full, half in zip(expanded, halves):
             self.made.record(full, half, table.layout)

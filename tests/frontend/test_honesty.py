@@ -85,6 +85,24 @@ WORKING = {
         ),
     ),
     "phi": config("PhiConfig", **base()),
+    # a rotary table of complex numbers
+    "deepseek_v2": config(
+        "DeepseekV2Config",
+        **base(
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            moe_intermediate_size=32,
+            first_k_dense_replace=1,
+            kv_lora_rank=16,
+            q_lora_rank=32,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            head_dim=8,
+            num_key_value_heads=4,
+        ),
+    ),
     "gpt_bigcode": config("GPTBigCodeConfig", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT),
     "nemotron": config("NemotronConfig", **base()),
     "deepseek_v3": config(
