@@ -112,6 +112,7 @@ class GpuBackend:
         self.idle: list[Flight] = []
         self.flying: dict[int, tuple[int, Flight]] = {}
         self.kept: list[tuple[int, npt.NDArray[Any]]] = []
+        self.sent: dict[str, npt.NDArray[Any]] = {}
         self.runs = 0
 
     def _allocate(self, size: int, clear: bool = False) -> int:
@@ -171,8 +172,7 @@ class GpuBackend:
         flight.send(self.where.inputs[bucket], self.inputs, inputs, self.stream)
         for name, value in inputs.items():
             if is_table(name):
-                at = self.where.tables.offsets[f"{bound.bucket.function}/{name}"]
-                flight.send_table(at, self.tables + at, value, bound.bucket.inputs[name].shape[1], self.stream)
+                self._send_table(flight, bound.bucket, name, value)
         bound.runs += 1
         if bound.runs == CAPTURE_AT and bound.forward.graph is None:
             bound.capture()
@@ -180,6 +180,15 @@ class GpuBackend:
         self.runs += 1
         self.flying[self.runs] = (bucket, flight)
         return self.runs
+
+    def _send_table(self, flight: Flight, bucket: Bucket, name: str, table: npt.NDArray[Any]) -> None:
+        """Send a block table, unless it is the last that was sent: most steps give no sequence another block."""
+        place = f"{bucket.function}/{name}"
+        if np.array_equal(self.sent.get(place, ()), table):
+            return
+        at = self.where.tables.offsets[place]
+        flight.send_table(at, self.tables + at, table, bucket.inputs[name].shape[1], self.stream)
+        self.sent[place] = table.copy()
 
     def finish(self, handle: int, tail: Tail) -> None:
         """Send the masks, draw, and send back what is wanted."""
