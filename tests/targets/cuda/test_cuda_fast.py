@@ -49,28 +49,28 @@ def test_the_words(word: str | None, decode: bool, extend: bool) -> None:
 
 @pytest.mark.parametrize("name", ["decode", "extend"])
 def test_linears_of_many_rows_are_marked(name: str) -> None:
-    assert marks(function(name), 65, fast=True) == {ALL_COLUMNS}
-    assert marks(function(name), 64, fast=True) == marks(function(name), 2048, fast=False) == {None}
+    assert marks(function(name), 129, fast=True) == {ALL_COLUMNS}
+    assert marks(function(name), 128, fast=True) == marks(function(name), 2048, fast=False) == {None}
 
 
 def test_only_sums_of_fp8_over_all_columns_are() -> None:
-    assert marks(function("extend", INT8), 128, fast=True) == {None}
+    assert marks(function("extend", INT8), 256, fast=True) == {None}
     whole = function("extend")
     calls = tuple(replace(c, args={**c.args, "block_k": 32}) if c.op == QUANTIZED else c for c in whole.calls)
-    assert marks(replace(whole, calls=calls), 128, fast=True) == {None}
+    assert marks(replace(whole, calls=calls), 256, fast=True) == {None}
 
 
 def test_only_gpus_that_sum_in_few_bits_have_two_ways() -> None:
     for arch in (89, 100):
-        assert marks(function("extend"), 128, True, arch) == {None}
+        assert marks(function("extend"), 256, True, arch) == {None}
 
 
 def test_the_manifest_says_which_sums_were_chosen() -> None:
     """One sequence gives one row of logits, so the last layer has linears of one row."""
-    some = {"decode_buckets": [128], "extend_buckets": [64, 128], "extend_sequences": [1]}
+    some = {"decode_buckets": [256], "extend_buckets": [128, 256], "extend_sequences": [1]}
     made = parse_options({**some, "fp8_fast_accumulation": "prefill"})
     found = choices(plan_arch(stored(model("llama", text=FP8).program), 90, made, discover(), {}))
-    for where, fast in (("extend 128x1", True), ("extend 64x1", False), ("decode 128x128", False)):
+    for where, fast in (("extend 256x1", True), ("extend 128x1", False), ("decode 256x256", False)):
         reasons = [entry["reason"] for entry in found[where][LINEAR_8] if "one row" not in entry["reason"]]
         assert reasons
         assert all(("fp8 with fast accumulation, a channel" in reason) == fast for reason in reasons), reasons
