@@ -161,15 +161,19 @@ def probe_rope(function: Callable[..., Any], expand: Callable[[Tensor], Tensor],
     angles = random(1, rows, half, scale=3.0)
     cos, sin = angles.cos(), angles.sin()
     parts = [random(1, heads, rows, 2 * half + extra) for heads in (3, 2)][:tensors]
-    result = call(function, *parts, expand(cos), expand(sin))
-    results = result if isinstance(result, tuple) else (result,)
-    if len(results) != tensors:
-        return None
+    results = rotated(function, parts, expand(cos), expand(sin))
     for interleaved, sorts in ((False, False), (True, False), (False, True)):
         form = RopeForm(interleaved, sorts, tensors)
-        if all(close(r, form(x, cos, sin)) for r, x in zip(results, parts)):
+        if results and all(close(r, form(x, cos, sin)) for r, x in zip(results, parts)):
             return form
     return None
+
+
+def rotated(function: Callable[..., Any], parts: list[Tensor], *tables: Tensor) -> tuple[Any, ...]:
+    """What a function of tensors and tables gives for each of the tensors; nothing when it gives another number."""
+    result = call(function, *parts, *tables)
+    results = result if isinstance(result, tuple) else (result,)
+    return results if len(results) == len(parts) else ()
 
 
 def probe_complex_rope(function: Callable[..., Any], axis: int) -> RopeForm | None:
@@ -179,14 +183,11 @@ def probe_complex_rope(function: Callable[..., Any], axis: int) -> RopeForm | No
     tensors = list(inspect.signature(function).parameters).index("freqs_cis")
     angles = random(1, rows, half, scale=3.0)
     parts = [random(1, heads, rows, 2 * half) for heads in (3, 2)][:tensors]
-    given = [x.transpose(1, axis) for x in parts]
-    result = call(function, *given, torch.polar(torch.ones_like(angles), angles))
-    results = result if isinstance(result, tuple) else (result,)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    results = rotated(function, [x.transpose(1, axis) for x in parts], turns)
     form = RopeForm(interleaved=True, sorts=False, tensors=tensors)
-    if len(results) != tensors or not all(isinstance(x, Tensor) and x.dim() == 4 for x in results):
-        return None
-    turned = [form(x, angles.cos(), angles.sin()) for x in parts]
-    return form if all(close(x.transpose(1, axis), y) for x, y in zip(results, turned)) else None
+    turned = [form(x, angles.cos(), angles.sin()).transpose(1, axis) for x in parts]
+    return form if results and all(close(r, y) for r, y in zip(results, turned)) else None
 
 
 def probe_gate(module: nn.Module) -> str | None:

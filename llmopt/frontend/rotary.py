@@ -118,17 +118,15 @@ def run_copy(module: Any, name: str, kind: str | None, length: int, where: str) 
     prefix = f"{kind}_" if kind else ""
     inv_freq = getattr(trial, name).detach().float().clone()
     scale = float(getattr(trial, f"{prefix}attention_scaling", 1.0))
+    layouts = LAYOUTS
+    if isinstance(result, Tensor) and result.is_complex():
+        result, layouts = (result.real, result.imag), {COMPLEX: lambda half: half}
     if isinstance(result, tuple) and len(result) == 2 and inv_freq.dim() == 1:
         angles = positions[..., None].float() * inv_freq
-        for layout, expand in LAYOUTS.items():
+        for layout, expand in layouts.items():
             expected = (expand(angles.cos() * scale), expand(angles.sin() * scale))
             if all(close(a, b, 1e-4) for a, b in zip(result, expected)):
                 return Table(inv_freq, scale, layout)
-    if isinstance(result, Tensor) and result.is_complex() and inv_freq.dim() == 1:
-        angles = positions[..., None].float() * inv_freq
-        expected = (angles.cos() * scale, angles.sin() * scale)
-        if all(close(a, b, 1e-4) for a, b in zip((result.real, result.imag), expected)):
-            return Table(inv_freq, scale, COMPLEX)
     raise UnsupportedModelError("rotary embedding computes no known cos and sin table", where=where)
 
 

@@ -62,6 +62,18 @@ REFUSED = {
         "model.layers.0.mamba (JambaMambaMixer)",
     ),
 }
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+}
+"""Attention over latent keys and values, and experts from the second layer on (DeepSeek)."""
 WORKING = {
     "granite_swa": config("GraniteSWAConfig", **base(sliding_window=WINDOW, layer_rope_theta=[1e4, 1e6])),
     # keys and values shared by layers, rows cut off that are wanted here, rotation of one tensor, scales of experts
@@ -89,18 +101,10 @@ WORKING = {
     "deepseek_v2": config(
         "DeepseekV2Config",
         **base(
+            **LATENT,
             n_routed_experts=4,
-            num_experts_per_tok=2,
             n_shared_experts=1,
-            moe_intermediate_size=32,
-            first_k_dense_replace=1,
-            kv_lora_rank=16,
-            q_lora_rank=32,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=16,
-            v_head_dim=16,
             head_dim=8,
-            num_key_value_heads=4,
         ),
     ),
     "gpt_bigcode": config("GPTBigCodeConfig", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT),
@@ -108,18 +112,10 @@ WORKING = {
     "deepseek_v3": config(
         "DeepseekV3Config",
         **base(
+            **LATENT,
             n_routed_experts=8,
             n_group=2,
             topk_group=1,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-            first_k_dense_replace=1,
-            kv_lora_rank=16,
-            q_lora_rank=32,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=16,
-            v_head_dim=16,
-            num_key_value_heads=4,
         ),
     ),
 }
