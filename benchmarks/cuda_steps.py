@@ -132,12 +132,20 @@ def describe(artifact: Artifact, executor: Any, options: argparse.Namespace) -> 
     }
 
 
+def first_tokens(work: Sequences, prompt: int, times: int, rest: float) -> list[float]:
+    """Seconds to the first token of one prompt, again and again, each after seconds of rest."""
+    found = []
+    for _ in range(times):
+        time.sleep(rest)
+        found.append(work.prefill(0, prompt))
+        work.release()
+    return found
+
+
 def measure(work: Sequences, artifact: Artifact, batch: int, prompt: int, options: Any) -> dict[str, Any]:
     """One row: time to the first token of one prompt, time of a step of ``batch`` such sequences, and of its graphs."""
-    times = []
-    for _ in range(4):
-        times.append(work.prefill(0, prompt))
-        work.release()
+    times = first_tokens(work, prompt, 4, 0.0)[1:]
+    rested = first_tokens(work, prompt, 3, options.rest) if batch == 1 and options.rest else []
     for seq_id in range(batch):
         work.prefill(seq_id, prompt)
     step = percentiles(work.decode(options.steps)[3:])
@@ -150,7 +158,8 @@ def measure(work: Sequences, artifact: Artifact, batch: int, prompt: int, option
         "batch": batch,
         "prompt_len": prompt,
         "gen_len": options.steps,
-        "ttft_ms": percentiles(times[1:])["ms"],
+        "ttft_ms": percentiles(times)["ms"],
+        "ttft_rested_ms": percentiles(rested)["ms"] if rested else None,
         **step,
         "graph_ms": graph["ms"],
         "tok_s": round(batch / step["ms"] * 1e3, 1),
@@ -168,6 +177,7 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--shapes", default="1x128,1x512,1x2048,1x8000,8x512,32x512,128x512,256x512")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rest", type=float, default=1.0, help="seconds before each rested first token; 0: none")
     parser.add_argument("--bandwidth", type=float, default=4390.0, help="GB/s a GEMV reads on this GPU")
     parser.add_argument("--commit", default="", help="of the rows; default: the checkout's")
     parser.add_argument("--model", default="", help="its name in the rows; default: the artifact's")
@@ -187,8 +197,8 @@ def main() -> None:
             row = {**describe(artifact, executor, options), **measure(work, artifact, batch, prompt, options)}
             row["load_s"] = load_s
             file.write(json.dumps(row) + "\n")
-            keys = ("model", "batch", "prompt_len", "ttft_ms", "ms", "graph_ms", "floor_percent", "load_s")
-            print(*(f"{key}={row[key]}" for key in keys), flush=True)
+            keys = ("model", "batch", "prompt_len", "ttft_ms", "ttft_rested_ms", "ms", "graph_ms", "floor_percent")
+            print(*(f"{key}={row[key]}" for key in (*keys, "load_s")), flush=True)
     executor.close()
 
 

@@ -29,6 +29,7 @@ COLUMNS = {
     "prompt_len": "prompt",
     "batch": "batch",
     "ttft_ms": "TTFT ms",
+    "ttft_rested_ms": "rested",
     "ms": "ms/step",
     "ms_p20": "p20",
     "ms_p80": "p80",
@@ -63,6 +64,7 @@ def read_rows(folder: Path) -> list[Row]:
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             row = json.loads(line)
             row["peak_mb"] = round(row.get("peak_bytes", 0) / 1e6)
+            row.setdefault("ttft_rested_ms", None)
             if missing := {*COLUMNS.keys() - peers.COLUMNS.keys(), "machine", "cores", "model"} - set(row):
                 raise ValueError(f"{path.name}:{number} lacks {', '.join(sorted(missing))}")
             rows.append(row)
