@@ -14,6 +14,7 @@ from targets.cuda.kernels import (
     embedding,
     gate,
     gemm,
+    gemm_cluster,
     gemm_persistent,
     gemm_q,
     gemm_q_few,
@@ -43,7 +44,7 @@ MODELS = {
     "mistral-7b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336),
                    "head": (32768, 4096)},
 }  # fmt: skip
-LINEARS = (gemv.KERNEL, gemm.KERNEL, gemm_persistent.KERNEL, gemm_ring.KERNEL)
+LINEARS = (gemv.KERNEL, gemm.KERNEL, gemm_cluster.KERNEL, gemm_persistent.KERNEL, gemm_ring.KERNEL)
 OVER_CODES = (gemv_w8a8.KERNEL, gemm_w8a8.KERNEL, gemm_w8a8_persistent.KERNEL)
 QUANTIZED_ROWS = (1, 8, 32, 64, 128, 256, 2048)
 FULL = {"llama-3.1-8b": (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 8192)}

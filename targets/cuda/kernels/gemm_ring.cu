@@ -322,25 +322,33 @@ __device__ __forceinline__ void through_memory(const Operands &o, const float (&
     if (threadIdx.x == 0) o.counter[of_tile] = 0;
     gather(o, 0, WIDE * ROW_TILES, [&](int r, int i) { return __ldcg(all + (r * FRAGMENTS * ROW_TILES + i) * 32); });
 }
-// Parts of K in the shared memory of a cluster's programs, where the ring was; each adds up a share.
-__device__ __forceinline__ void through_cluster(const Operands &o, const float (&sums)[BLOCKS][SUMS], u32 ring) {
-    const u32 mine = ring + threadIdx.x % 32 * 16;
-    meet_warpgroups();  // nobody reads the ring
+// Parts of K in the shared memory of a cluster's programs: each sends the others their shares, behind its ring, or
+// where the ring was when nobody reads it any more.
+constexpr int OUT = WIDE * ROW_TILES, SIDES = FRAGMENTS / WIDE, MOST = (OUT + SPLIT - 1) / SPLIT;
+constexpr bool BEHIND = BM <= 64;
+__device__ __forceinline__ int share(int rank) { return rank * OUT / SPLIT; }
+__device__ __forceinline__ void through_cluster(const Operands &o, const float (&sums)[BLOCKS][SUMS], u32 place,
+                                                u32 met) {
+    const auto number = [](int i) { return i / FRAGMENTS * WIDE + i % FRAGMENTS % WIDE; };
+    const auto spot = [&](int rank, int side, int in_share) {
+        return place + ((rank * SIDES + side) * MOST + in_share) * 512 + threadIdx.x % 32 * 16;
+    };
+    if (!BEHIND) arrive_in_cluster();
+    wait_for_cluster();
     each_fragment(sums, [&](int i, float4 v) {
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(mine + i * 512), "f"(v.x), "f"(v.y), "f"(v.z),
-                     "f"(v.w)
-                     : "memory");
+        const int to = ((number(i) + 1) * SPLIT - 1) / OUT;
+        send(to, spot(o.rank, i % FRAGMENTS / WIDE, number(i) - share(to)), v, met);
     });
-    meet_cluster();
-    gather(o, o.rank * WIDE * ROW_TILES / SPLIT, (o.rank + 1) * WIDE * ROW_TILES / SPLIT,
-           [&](int r, int i) { return of_peer(mine + i * 512, r); });
-    meet_cluster();  // nobody reads this program's
+    wait_for_sent(met);
+    gather(o, share(o.rank), share(o.rank + 1),
+           [&](int r, int i) { return sent(spot(r, i % FRAGMENTS / WIDE, number(i) - share(o.rank))); });
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTERED ? SPLIT : 1, 1, 1) __launch_bounds__(THREADS + 128, PROGRAMS)
     gemm_ring(PARAMETERS, int rows, void *, void *) {
     extern __shared__ __align__(1024) char memory[];
     const u32 ring = shared_address(memory), full = ring + STAGES * SLOT, freed = full + 8 * STAGES;
+    const u32 met = ring + STAGES * (SLOT + 16);
     u32 *const came = (u32 *)(memory + STAGES * (SLOT + 16));
     Operands o{&x,       &weight, SCALES_OF_GROUPS, ZEROS_OF_GROUPS, SCALES_OF_ROWS, SCALES_OF_X, BIAS,
                RESIDUAL, out,     PARTIAL,          COUNTER};
@@ -353,9 +361,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTERED ? SPLIT : 1, 1, 1) __launc
         prefetch(o.weight), prefetch(o.x);
         if (GROUPED) prefetch(o.scales_of_groups);
         for (int i = 0; i < STAGES; i++) init(full + 8 * i, 1), init(freed + 8 * i, THREADS / 32);
+        if (CLUSTERED) init(met, 1), expect(met, SPLIT * SIDES * 512 * (share(o.rank + 1) - share(o.rank)));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    if (CLUSTERED && BEHIND) arrive_in_cluster();
     if (o.row >= o.rows) {  // nothing but padding
         asm volatile("griddepcontrol.wait;" ::: "memory");
         return;
@@ -382,7 +392,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTERED ? SPLIT : 1, 1, 1) __launc
                 finish(o, float4{v[0], v[1], v[2], v[3]}, float4{u[0], u[1], u[2], u[3]}, fragment_of(b), j);
             }
     } else if constexpr (CLUSTERED)
-        through_cluster(o, sums, ring);
+        through_cluster(o, sums, BEHIND ? met + 16 : ring, met);
     else
         through_memory(o, sums, came);
 }

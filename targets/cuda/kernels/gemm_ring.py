@@ -21,7 +21,7 @@ from ..pack import chunk_of, parts_of
 from ..tuning import Tuned, find_linear, quantized_form
 from ._common import cdiv, modelled_us, nbytes, pow2, type_of
 from ._eight_bits import read_linear_8, scheme
-from ._gemm_ring_twin import GemmRingTwin
+from ._gemm_twin import GemmTwin
 from ._linear import Linear, read_linear, row_bounds
 from .gemm_q import as_elements, read_rows
 
@@ -199,6 +199,17 @@ def slot_bytes(c: Mapping[str, int], linear: Linear, weight: Weight) -> int:
     return cdiv((1 if weight.x_scales else 2) * c["BM"] * columns + c["BN"] * c["ROW"] + lines * line, 1024) * 1024
 
 
+def sent_bytes(c: Mapping[str, int], linear: Linear, weight: Weight) -> int:
+    """Of a cluster's parts of K, shares rounded up, as the source lays them out."""
+    halves = 2 if linear.gate is not None and not weight.coded else 1
+    return c["SPLIT"] * halves * 512 * cdiv(c["BN"] // 16 // halves * c["BM"] // 8, c["SPLIT"])
+
+
+def behind_ring(c: Mapping[str, int], linear: Linear, weight: Weight) -> int:
+    """Bytes behind the ring and its barriers: a word or a barrier, and what a cluster sends of few rows."""
+    return 16 + (sent_bytes(c, linear, weight) if c["CLUSTERED"] and c["BM"] <= 64 else 0)
+
+
 def fitted(config: Mapping[str, int], linear: Linear, weight: Weight) -> dict[str, int] | str:
     """A configuration with as many slots as fit, no part of K empty, and a unit no shorter than the packing's chunk; or
     why there is none."""
@@ -212,10 +223,11 @@ def fitted(config: Mapping[str, int], linear: Linear, weight: Weight) -> dict[st
     units = cdiv(linear.k, weight.columns(c["ROW"]))
     c["SPLIT"] = min(c["SPLIT"], units)
     c["CLUSTERED"] = int(c["CLUSTERED"] and c["SPLIT"] > 1)
-    slot, room = slot_bytes(c, linear, weight), SHARED_BYTES // c["PROGRAMS"] - 1024 - 16
-    parts = 4 * c["BM"] * c["BN"] if c["CLUSTERED"] else 0  # of K, that lie where the ring was
+    slot = slot_bytes(c, linear, weight)
+    room = SHARED_BYTES // c["PROGRAMS"] - 1024 - behind_ring(c, linear, weight)
     c["STAGES"] = min(MOST_STAGES, room // (slot + 16), max(2, cdiv(units, c["SPLIT"])))
-    c["STAGES"] = max(c["STAGES"], cdiv(parts, slot))
+    if c["CLUSTERED"] and c["BM"] > 64:  # parts of many rows lie where the ring was
+        c["STAGES"] = max(c["STAGES"], cdiv(sent_bytes(c, linear, weight), slot))
     if c["STAGES"] < 2 or c["STAGES"] * (slot + 16) > room:
         return "a program's shared memory does not hold its ring"
     return c
@@ -253,7 +265,8 @@ def launch(linear: Linear, weight: Weight, c: Mapping[str, int], bounds: Mapping
         **{macro: expression(macro, name, given[name]) for macro, name in OPTIONAL.items()},
         "PARAMETERS": ", ".join(parameter(name, arg) for name, arg in present.items()),
     }  # fmt: skip
-    warps, shared = 4 * c["WARPGROUPS"] + 4, c["STAGES"] * (slot_bytes(c, linear, weight) + 16) + 16
+    warps, shared = 4 * c["WARPGROUPS"] + 4, c["STAGES"] * (slot_bytes(c, linear, weight) + 16)
+    shared += behind_ring(c, linear, weight)
     spec = Specialization(
         __name__, "gemm_ring", (*signature, ("rows", "i32")), tuple(constants.items()), num_warps=warps, pdl=True,
         source="gemm_ring.cu", shared=shared,
@@ -307,5 +320,5 @@ def untuned_us(linear: Linear, weight: Weight) -> float:
 
 
 KERNEL = GemmRing()
-TWIN = GemmRingTwin()
+TWIN = GemmTwin()
 """What stands in for it in the interpreter."""

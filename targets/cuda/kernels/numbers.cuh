@@ -35,7 +35,7 @@ __device__ __forceinline__ u32 numbers(u32 w) {
     return ((P ? w : w << 8) & 0x80008000u) | ((P ? w >> 4 : w << 4) & 0x07f007f0u);
 }
 __device__ __forceinline__ float activation(float v, int kind) {
-    if (kind == SILU) return v / (1.f + __expf(-v));
+    if (kind == SILU) return __fdividef(v, 1.f + __expf(-v));
     if (kind == GELU) return 0.5f * v * (1.f + erff(v * 0.7071067811865476f));
     if (kind == GELU_TANH) return 0.5f * v * (1.f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
     return fmaxf(v, 0.f);

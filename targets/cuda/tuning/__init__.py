@@ -58,8 +58,10 @@ def linear_form(values: Mapping[str, Any]) -> str:
 
 
 def floor_us(m: int, n: int, k: int) -> float:
-    """What a linear would take at the memory's or the tensor cores' speed, whichever is more: to compare shapes."""
-    return max(2 * n * k / 4.4e6, 2 * m * n * k / 0.75e9) + 1
+    """What a linear would take at the memory's or the tensor cores' speed, whichever is more: to compare shapes. Tiles
+    of more than 64 rows have 128: 192 take what 256 take."""
+    rows = m if m <= 64 else -(-m // 128) * 128
+    return max(2 * n * k / 4.4e6, 2 * rows * n * k / 0.75e9) + 1
 
 
 def find_linear(table: Table, kernel: str, dtype: str, m: int, n: int, k: int, form: str = "") -> Tuned | None:

@@ -26,7 +26,7 @@ from llmopt.runtime.protocol import IntArray
 from llmopt.target import WeightReader
 from targets.cuda.build import ArchPlan, kernel_names
 from targets.cuda.kernel import Specialization
-from tests.targets.cuda.kernels.harness import interpretable
+from tests.targets.cuda.kernels.harness import described, interpretable
 
 GUARD = 4096
 """Bytes of 0xFF (NaN in every float format) around each region: a stray read shows in the logits."""
@@ -142,20 +142,18 @@ class PlanInterpreter:
                 case Scalar(_, value):
                     values[parameter] = value
                 case TensorMap():
-                    values[parameter] = self._descriptor(arg, bucket, region, packed)
+                    values[parameter] = self._descriptor(spec, arg, bucket, region, packed)
         with np.errstate(all="ignore"):  # padding rows hold whatever the arena held
             function[grid](**values)
 
-    def _descriptor(self, arg: TensorMap, bucket: Bucket, region: Bytes, packed: Region) -> Any:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
+    def _descriptor(self, spec: Specialization, arg: TensorMap, bucket: Bucket, region: Bytes, packed: Region) -> Any:
         where, base = self._find(arg.name, bucket, region, packed)
         size = dtype_bytes(arg.dtype)
         strides = [s // size for s in arg.strides]
         flat = where.view(base + arg.offset, getattr(torch, arg.dtype))
         rows = min(arg.shape[0], len(flat) // strides[0])  # states are described by a bound on their blocks
         shape = [rows, *arg.shape[1:]]
-        return TensorDescriptor(torch.as_strided(flat, shape, strides), shape, strides, list(arg.box))
+        return described(spec, torch.as_strided(flat, shape, strides), arg.box)
 
     def _find(self, name: str, bucket: Bucket, region: Bytes, packed: Region) -> tuple[Bytes, int]:
         if name in bucket.offsets:

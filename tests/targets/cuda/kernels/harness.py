@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,10 +129,17 @@ def interpretable(spec: Specialization) -> Any:
     return module.TWIN if getattr(function, "is_gluon", bool)() else function
 
 
-def execute(launch: KernelLaunch, memory: Memory) -> None:
-    """One launch in the interpreter."""
+def described(spec: Specialization, value: Tensor, box: Sequence[int]) -> Any:
+    """A descriptor; for the twin of CUDA C++, whose boxes are of any size, what it takes of one."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    if spec.source:
+        return SimpleNamespace(base=value)
+    return TensorDescriptor(value, list(value.shape), list(value.stride()), list(box))
+
+
+def execute(launch: KernelLaunch, memory: Memory) -> None:
+    """One launch in the interpreter."""
     spec = launch.specialization
     arguments: dict[str, Any] = dict(spec.constexprs)
     for (name, type_), arg in zip(spec.signature, launch.args, strict=True):
@@ -142,8 +150,7 @@ def execute(launch: KernelLaunch, memory: Memory) -> None:
             arguments[name] = memory.scratch(arg).view(TYPES[type_])
         elif isinstance(arg, TmaOperand):
             assert all(s * dtype_bytes(arg.value.dtype) % 16 == 0 for s in arg.value.strides[:-1]), "TMA stride"
-            view = memory.get(arg.value)
-            arguments[name] = TensorDescriptor(view, list(view.shape), list(view.stride()), list(arg.box))
+            arguments[name] = described(spec, memory.get(arg.value), arg.box)
         else:
             arguments[name] = arg
     with np.errstate(all="ignore"):

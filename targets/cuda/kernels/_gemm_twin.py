@@ -1,4 +1,4 @@
-"""``gemm_ring`` in PyTorch: what its CUDA form computes, for Triton's interpreter, which knows no rings or clusters."""
+"""What ``gemm_ring`` and ``gemm_cluster`` compute, in PyTorch: Triton's interpreter knows no rings or clusters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..pack import unpack_codes
 from ._chain_twin import ACTIVATE
 
 
-class GemmRingTwin:
+class GemmTwin:
     """Called as a Triton function is, with tensors for pointers."""
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
