@@ -27,7 +27,7 @@ from llmopt.report import bench  # noqa: E402
 from llmopt.report.traffic import step_bytes  # noqa: E402
 from llmopt.runtime.executors.cuda import CudaExecutor, load  # noqa: E402
 from llmopt.runtime.executors.cuda.driver import call  # noqa: E402
-from llmopt.runtime.protocol import Admission, SamplingParams, SeqStep, StepBatch  # noqa: E402
+from llmopt.runtime.protocol import Admission, DecodeRows, SamplingParams, SeqStep, StepBatch  # noqa: E402
 from llmopt.runtime.state import StateAllocator  # noqa: E402
 from llmopt.target import LoadOptions  # noqa: E402
 
@@ -89,12 +89,14 @@ class Sequences:
         return [b - a for a, b in pairwise(ends)]
 
     def _submit(self) -> int:
-        rows = []
-        for seq_id, length in self.lengths.items():
-            self.allocator.extend(seq_id, length + 1)
-            rows.append(SeqStep(seq_id, None, length, self.allocator.table(seq_id, length + 1), sample=True))
-            self.lengths[seq_id] = length + 1
-        return self.executor.submit(StepBatch(tuple(rows)))
+        """A row a sequence, as arrays, which is how the scheduler says it."""
+        ids, starts = (np.array([*numbers], np.int64) for numbers in (self.lengths, self.lengths.values()))
+        places = np.array([self.allocator.place(seq_id) for seq_id in self.lengths], np.int64)
+        for index in self.allocator.lacking(places, starts + 1):
+            self.allocator.extend(int(ids[index]), int(starts[index]) + 1)
+        blocks = self.allocator.gather(places, int(starts.max()) + 1)
+        self.lengths = dict(zip(self.lengths, (starts + 1).tolist()))
+        return self.executor.submit(StepBatch((), decode=DecodeRows(ids, starts, np.zeros_like(starts), blocks)))
 
     def release(self) -> None:
         """Drop every sequence."""
