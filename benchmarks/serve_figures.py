@@ -5,7 +5,7 @@
 
 Each load goes over HTTP to a server of its own settings; one load failing does not stop the others. The last lines
 compare what was found with what was aimed at for Llama-3.1-8B in bf16 on an H200. ``--scale`` shortens lengths,
-prefixes and numbers of requests alike.
+prefixes and numbers of requests alike. Random weights of a large vocabulary want ``word_tokenizer.py``.
 """
 
 from __future__ import annotations

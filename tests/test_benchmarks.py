@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import peers, quality_table, render, waterfall
+from benchmarks.word_tokenizer import word_tokenizer
 
 ROW = dict.fromkeys([*render.COLUMNS, "machine", "cores", "model"], 1) | {"recipe": "float32", "floor_percent": None}
 
@@ -102,3 +103,12 @@ def test_quality_tables_show_the_latest_of_each_scheme(tmp_path):
     assert second.endswith("| +1.42% (+1.18 to +1.67) | -0.0062 (-0.0065 to -0.0058) |")
     with pytest.raises(ValueError, match=r"quantization.md lacks"):
         quality_table.fill("no markers", tmp_path)
+
+
+def test_every_token_of_the_stand_in_has_text_and_every_text_tokens():
+    made = word_tokenizer(300)
+    assert made.get_vocab_size() == 300
+    assert all(made.decode([token]) for token in range(256, 300))
+    assert made.decode(made.encode("Grüße, 5!").ids) == "Grüße, 5!"
+    with pytest.raises(ValueError, match="255 tokens are fewer"):
+        word_tokenizer(255)
