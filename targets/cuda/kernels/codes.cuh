@@ -17,14 +17,6 @@ template <int PENDING>
 __device__ __forceinline__ void wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
-__device__ __forceinline__ uint4 take(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(at)
-                 : "memory");
-    return v;
-}
 // What other programs of this launch may have written.
 __device__ __forceinline__ uint4 fresh(const u16 *p) {
     uint4 v;

@@ -160,11 +160,7 @@ struct Results {
             __syncwarp();
 #pragma unroll
             for (int down = 0; down < 16; down += 4) {
-                uint4 v;
-                asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                             : "r"(staged + (down + lane / 8) * PITCH + piece * 16)
-                             : "memory");
+                const uint4 v = take(staged + (down + lane / 8) * PITCH + piece * 16);
                 if (from + piece < COUNT) store(v, row + down + lane / 8, column + (from + piece) * 8);
             }
             __syncwarp();

@@ -323,9 +323,8 @@ __device__ __forceinline__ void through_memory(const Operands &o, const float (&
     gather(o, 0, WIDE * ROW_TILES, [&](int r, int i) { return __ldcg(all + (r * FRAGMENTS * ROW_TILES + i) * 32); });
 }
 // Parts of K in the shared memory of a cluster's programs: each sends the others their shares, behind its ring, or
-// where the ring was when nobody reads it any more.
+// where the ring was when nobody reads it any more (not BEHIND).
 constexpr int OUT = WIDE * ROW_TILES, SIDES = FRAGMENTS / WIDE, MOST = (OUT + SPLIT - 1) / SPLIT;
-constexpr bool BEHIND = BM <= 64;
 __device__ __forceinline__ int share(int rank) { return rank * OUT / SPLIT; }
 __device__ __forceinline__ void through_cluster(const Operands &o, const float (&sums)[BLOCKS][SUMS], u32 place,
                                                 u32 met) {

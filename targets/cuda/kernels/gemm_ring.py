@@ -205,9 +205,14 @@ def sent_bytes(c: Mapping[str, int], linear: Linear, weight: Weight) -> int:
     return c["SPLIT"] * halves * 512 * cdiv(c["BN"] // 16 // halves * c["BM"] // 8, c["SPLIT"])
 
 
+def sent_behind(c: Mapping[str, int]) -> bool:
+    """Whether what a cluster sends lies behind the ring: of few rows it is little, and nobody waits for the ring."""
+    return bool(c["CLUSTERED"]) and c["BM"] <= 64
+
+
 def behind_ring(c: Mapping[str, int], linear: Linear, weight: Weight) -> int:
-    """Bytes behind the ring and its barriers: a word or a barrier, and what a cluster sends of few rows."""
-    return 16 + (sent_bytes(c, linear, weight) if c["CLUSTERED"] and c["BM"] <= 64 else 0)
+    """Bytes behind the ring and its barriers: a word or a barrier, and what lies there of what a cluster sends."""
+    return 16 + (sent_bytes(c, linear, weight) if sent_behind(c) else 0)
 
 
 def fitted(config: Mapping[str, int], linear: Linear, weight: Weight) -> dict[str, int] | str:
@@ -226,7 +231,7 @@ def fitted(config: Mapping[str, int], linear: Linear, weight: Weight) -> dict[st
     slot = slot_bytes(c, linear, weight)
     room = SHARED_BYTES // c["PROGRAMS"] - 1024 - behind_ring(c, linear, weight)
     c["STAGES"] = min(MOST_STAGES, room // (slot + 16), max(2, cdiv(units, c["SPLIT"])))
-    if c["CLUSTERED"] and c["BM"] > 64:  # parts of many rows lie where the ring was
+    if c["CLUSTERED"] and not sent_behind(c):  # but where the ring was
         c["STAGES"] = max(c["STAGES"], cdiv(sent_bytes(c, linear, weight), slot))
     if c["STAGES"] < 2 or c["STAGES"] * (slot + 16) > room:
         return "a program's shared memory does not hold its ring"
@@ -260,7 +265,7 @@ def launch(linear: Linear, weight: Weight, c: Mapping[str, int], bounds: Mapping
         "ZEROS": int(weight.zeros is not None), "SHARED": weight.shared,
         "SCALES": TYPES[weight.scales.dtype] if weight.scales is not None else "FLOAT32",
         "TILES_OF_ROWS": tiles_of_rows, "LAST": bounds["last"] or 0,
-        "REGISTERS": REGISTERS[c["WARPGROUPS"], c["PROGRAMS"]],
+        "REGISTERS": REGISTERS[c["WARPGROUPS"], c["PROGRAMS"]], "BEHIND": int(sent_behind(c)),
         **{name: c[name] for name in ("BM", "BN", "WARPGROUPS", "PROGRAMS", "SPLIT", "CLUSTERED", "ROW", "STAGES")},
         **{macro: expression(macro, name, given[name]) for macro, name in OPTIONAL.items()},
         "PARAMETERS": ", ".join(parameter(name, arg) for name, arg in present.items()),

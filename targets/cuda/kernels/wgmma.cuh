@@ -93,12 +93,8 @@ __device__ __forceinline__ void wait_for_sent(u32 barrier) {
         : "memory");
 }
 __device__ __forceinline__ float4 sent(u32 at) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(at)
-                 : "memory");
-    return v;
+    const uint4 v = take(at);
+    return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 
 // Four matrices of 8 rows of 16 bytes: a lane names a row, and gets 4 bytes of a row of each.
